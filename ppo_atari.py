@@ -14,27 +14,21 @@
 # SPDX-License-Identifier: MIT
 """Proximal Policy Optimization on Atari games, complete in this one file.
 
-    python ppo_atari.py --env-id ALE/Breakout-v5                          train; curves, weights and scores go to runs/
-    tensorboard --logdir runs                                             watch
-    python ppo_atari.py --resume runs/<run>                               go on after an interruption, bit for bit
-    python ppo_atari.py --evaluate runs/<run> --capture-video             play ten full games and film one
-    python ppo_atari.py --play --env-id ALE/Breakout-v5                   play yourself (pip install pygame)
-    torchrun --standalone --nproc-per-node=2 ppo_atari.py ...             several processes on one machine
-    torchrun --nnodes=2 --node-rank=0|1 --nproc-per-node=8 --master-addr=HOST --master-port=29500 ppo_atari.py ...
+    python ppo_atari.py --env-id ALE/Breakout-v5                  train: curves, weights and scores go to runs/
+    tensorboard --logdir runs                                     watch
+    python ppo_atari.py --resume runs/<run>                       go on after an interruption, bit for bit
+    python ppo_atari.py --evaluate runs/<run> --capture-video     play ten full games and film one
+    python ppo_atari.py --play --env-id ALE/Breakout-v5           play yourself (pip install pygame)
+    torchrun --standalone --nproc-per-node=2 ppo_atari.py         several processes; the same on each of two nodes:
+    torchrun --nnodes=2 --nproc-per-node=8 --node-rank=<0 or 1> --master-addr=<host> ppo_atari.py --num-envs 128
 
 It follows "Proximal Policy Optimization Algorithms" (Schulman et al., 2017) with openai/baselines' hyperparameters and
-the details listed in "The 37 Implementation Details of PPO" (Huang et al., 2022): each is marked where it happens, as
-[core 1] to [core 13] and [atari 1] to [atari 9]. A step is one decision of the agent, which is four emulator frames.
+"The 37 Implementation Details of PPO" (Huang et al., 2022), each marked where it happens: [core 1] to [core 13] and
+[atari 1] to [atari 9]. A step is one decision of the agent, which is four emulator frames.
 
-Sections, each using only what stands above it:
-    1 arguments      every flag, checked
-    2 environment    the seven wrappers, make_env, saving and restoring an emulator
-    3 agent          the Nature-CNN with a policy head and a value head
-    4 rollout        the loop "policy, step, store", and the processes that run it
-    5 PPO            generalized advantage estimation and the clipped loss: pure functions
-    6 run directory  files that are never half-written, TensorBoard, videos
-    7 programs       train, evaluate, play
-    8 entry          main
+Sections, each using only what stands above it: 1 arguments, 2 environment (the seven wrappers), 3 agent (the
+Nature-CNN), 4 rollout (policy, step, store, and the processes that run it), 5 PPO (advantages and loss), 6 run directory
+(checkpoints, TensorBoard, videos), 7 programs (train, evaluate, play), 8 entry.
 """
 
 import argparse
@@ -51,9 +45,10 @@ import subprocess
 import sys
 import time
 import traceback
-import zipfile
 from collections import deque
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import pairwise
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +63,7 @@ import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics
 from torch import Tensor, nn
+from tqdm import tqdm
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from every emulator
@@ -75,27 +71,20 @@ cv2.setNumThreads(1)  # OpenCV's own threads would fight the workers for the cor
 
 # ----------------------------------------------------------------------------------------------------- 1 arguments
 
+MAY_CHANGE_ON_RESUME = {"total_timesteps", "num_workers", "start_method", "checkpoint_interval", "eval_episodes"}
+MAY_CHANGE_ON_RESUME |= {"eval_interval", "capture_video", "resume", "track", "wandb_project_name", "wandb_entity"}
+
 
 class UsageError(Exception):
     """Something the user can mend: one line on stderr, exit code 2."""
 
 
 class RunError(Exception):
-    """A run that cannot go on, for a reason that is known: one line on stderr, exit code 1."""
+    """A run that cannot go on for a known reason: one line on stderr, exit code 1."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(message)
-
-
-DERIVED = ("given", "batch_size", "minibatch_size", "num_iterations", "rank", "world_size", "local_rank")
-MAY_CHANGE = {"total_timesteps", "num_workers", "start_method", "checkpoint_interval", "eval_episodes", "eval_interval"}
-MAY_CHANGE |= {"capture_video", "track", "wandb_project_name", "wandb_entity", "wandb_name", "resume"}
-
-
-def number(kind: type, low: float, high: float, what: str):
-    """An argparse type: a number of the given kind between low and high, both included; NaN never passes."""
+def number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
+    """An argparse type: a number from low to high, both included. NaN never passes."""
 
     def convert(text: str) -> float:
         try:
@@ -110,159 +99,144 @@ def number(kind: type, low: float, high: float, what: str):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, checked, plus batch_size, minibatch_size and num_iterations.
+    """The flags, checked, plus batch_size, minibatch_size and num_iterations. A mistake exits with code 2.
 
-    With --resume, the flags of the interrupted run are the defaults. A mistake ends the program with exit code 2.
+    With --resume, the flags of the interrupted run are the defaults.
     """
-    try:
-        return _parse_args(argv)
-    except UsageError as error:
-        print(f"ppo_atari.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     count = number(int, 1, 2**53, "a whole number of at least 1")
     natural = number(int, 0, 2**53, "a whole number of at least 0")
     seed = number(int, 0, 2**31 - 1, "a whole number from 0 to 2147483647")
     probability = number(float, 0, 1, "a number from 0 to 1")
     positive = number(float, sys.float_info.min, sys.float_info.max, "a finite number above 0")
-    nonnegative = number(float, 0, sys.float_info.max, "a finite number of at least 0")
+    weight = number(float, 0, sys.float_info.max, "a finite number of at least 0")
+    formatter = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=40, width=119)
+    parser = argparse.ArgumentParser("ppo_atari.py", None, __doc__.split("\n")[0], formatter_class=formatter)
+    parser.print_usage = lambda file=None: None  # a mistake is answered with one line
 
-    parser = Parser(
-        prog="ppo_atari.py",
-        description="PPO on Atari games. A step is one decision of the agent: 4 emulator frames by default.",
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=42, width=119),
-        allow_abbrev=False,
-    )
+    def flag(name: str, default: Any, kind: Any, help: str) -> None:
+        options: dict[str, Any] = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(kind, tuple):
+            options = {"choices": kind}
+        group.add_argument(f"--{name}", default=default, help=help, **options)
 
-    def flag(group: Any, name: str, default: Any, help: str, type: Any = None, **kwargs: Any) -> None:
-        if isinstance(default, bool):
-            kwargs["action"] = argparse.BooleanOptionalAction
-        elif type is not None:
-            kwargs |= {"type": type, "metavar": type.__name__.upper() if type is str else "N"}
-        group.add_argument(name, default=default, help=help, **kwargs)
+    group = parser.add_argument_group("run (a step is one decision of the agent: 4 emulator frames by default)")
+    flag("env-id", "ALE/Breakout-v5", str, "ALE/<Game>-v5 (sticky actions) or <Game>NoFrameskip-v4 (none)")
+    flag("seed", 1, seed, "of weights, games, actions and shuffling")
+    flag("total-timesteps", 10_000_000, count, "length of the run, in steps")
+    flag("exp-name", "ppo_atari", str, "goes into the name of the run directory")
+    flag("torch-deterministic", True, bool, "deterministic algorithms on a GPU too")
+    flag("cuda", True, bool, "use a GPU if there is one")
+    flag("precision", "auto", ("auto", "float32", "bfloat16"), "of the network; auto: bfloat16 where hardware has it")
+    flag("num-workers", None, natural, "rollout processes, 0: none (default: one per core, at most one per game)")
+    flag("inference-batch", None, count, "games per policy call (default: the share of one default worker)")
+    flag("start-method", "fork" if sys.platform == "linux" else "spawn", ("fork", "spawn"), "of the workers")
+    flag("resume", None, str, "go on with the run in this directory, with its flags")
+    flag("checkpoint-interval", 300, natural, "iterations from one checkpoint to the next; 0: only at the end")
 
-    g = parser.add_argument_group("run")
-    flag(g, "--env-id", "ALE/Breakout-v5", "game: ALE/<Game>-v5 (sticky actions) or <Game>NoFrameskip-v4 (none)", str)
-    flag(g, "--seed", 1, "of weights, games, actions and shuffling", seed)
-    flag(g, "--total-timesteps", 10_000_000, "length of the run, in steps", count)
-    flag(g, "--exp-name", "ppo_atari", "goes into the name of the run directory", str)
-    flag(g, "--torch-deterministic", True, "deterministic algorithms on a GPU too")
-    flag(g, "--cuda", True, "use a GPU if there is one")
-    flag(g, "--precision", "auto", "of the convolutions; auto: bfloat16 where the hardware has it",
-         choices=("auto", "float32", "bfloat16"))  # fmt: skip
-    flag(g, "--num-workers", None, "rollout processes; 0: none (default: one per core, at most one per game)", natural)
-    flag(g, "--inference-batch", None, "games per policy call (default: the share of one default worker)", count)
-    flag(g, "--start-method", "fork" if sys.platform == "linux" else "spawn", "of the workers",
-         choices=("fork", "spawn", "forkserver"))  # fmt: skip
-    flag(g, "--resume", None, "go on with the run in this directory, with its flags", str)
-    flag(g, "--checkpoint-interval", 400, "iterations from one checkpoint to the next; 0: only at the end", natural)
+    group = parser.add_argument_group("PPO")
+    flag("num-envs", 8, count, "games played side by side, over all processes")
+    flag("num-steps", 128, count, "steps per game in one rollout")
+    flag("learning-rate", 2.5e-4, positive, "of Adam")
+    flag("anneal-lr", True, bool, "let the learning rate fall linearly to 0")
+    flag("gamma", 0.99, probability, "discount per step")
+    flag("gae-lambda", 0.95, probability, "of generalized advantage estimation")
+    flag("num-minibatches", 4, count, "per epoch")
+    flag("update-epochs", 4, count, "passes over each rollout")
+    flag("norm-adv", True, bool, "normalize the advantages of each minibatch")
+    flag("clip-coef", 0.1, positive, "of the probability ratio and of the value")
+    flag("clip-vloss", True, bool, "clip the value loss")
+    flag("ent-coef", 0.01, weight, "of the entropy bonus")
+    flag("ent-coef-final", None, weight, "anneal the entropy bonus linearly to this")
+    flag("vf-coef", 0.5, weight, "of the value loss")
+    flag("max-grad-norm", 0.5, positive, "clip the global gradient norm to this")
+    flag("target-kl", None, positive, "end an update after the epoch whose approximate KL exceeds this")
 
-    g = parser.add_argument_group("PPO")
-    flag(g, "--num-envs", 8, "games played side by side, over all processes", count)
-    flag(g, "--num-steps", 128, "steps per game in one rollout", count)
-    flag(g, "--learning-rate", 2.5e-4, "of Adam", positive)
-    flag(g, "--anneal-lr", True, "let the learning rate fall linearly to 0")
-    flag(g, "--gamma", 0.99, "discount per step", probability)
-    flag(g, "--gae-lambda", 0.95, "of generalized advantage estimation", probability)
-    flag(g, "--num-minibatches", 4, "per epoch", count)
-    flag(g, "--update-epochs", 4, "passes over each rollout", count)
-    flag(g, "--norm-adv", True, "normalize the advantages of each minibatch")
-    flag(g, "--clip-coef", 0.1, "of the probability ratio and of the value", positive)
-    flag(g, "--clip-vloss", True, "clip the value loss")
-    flag(g, "--ent-coef", 0.01, "weight of the entropy bonus", nonnegative)
-    flag(g, "--ent-coef-final", None, "anneal the entropy bonus linearly to this weight", nonnegative)
-    flag(g, "--vf-coef", 0.5, "weight of the value loss", nonnegative)
-    flag(g, "--max-grad-norm", 0.5, "clip the global gradient norm to this", positive)
-    flag(g, "--target-kl", None, "end an update after the epoch whose approximate KL exceeds this", positive)
+    group = parser.add_argument_group("the nine Atari details")
+    flag("noop-max", 30, natural, "a game starts after 1 to N frames of doing nothing; 0: at once")
+    flag("frame-skip", 4, count, "emulator frames per step")
+    flag("episodic-life", True, bool, "a lost life ends the episode, not the game")
+    flag("fire-reset", True, bool, "press FIRE to start, in games that have it")
+    flag("frame-size", 84, count, "side of the image in pixels: 8m + 4, at least 36")
+    flag("clip-reward", True, bool, "learn from the sign of the reward")
+    flag("frame-stack", 4, count, "frames that the agent sees at once")
+    flag("shared-network", True, bool, "policy and value share the network")
+    flag("scale-obs", True, bool, "scale pixels to [0, 1]")
+    flag("repeat-action-probability", None, probability, "sticky actions, per frame (default: what the id says)")
 
-    g = parser.add_argument_group("the nine Atari details")
-    flag(g, "--noop-max", 30, "a game starts after 1 to N frames of doing nothing; 0: at once", natural)
-    flag(g, "--frame-skip", 4, "emulator frames per step", count)
-    flag(g, "--episodic-life", True, "a lost life ends the episode, not the game")
-    flag(g, "--fire-reset", True, "press FIRE to start, in games that have it")
-    flag(g, "--frame-size", 84, "side of the image in pixels: 8m + 4, at least 36", count)
-    flag(g, "--clip-reward", True, "learn from the sign of the reward")
-    flag(g, "--frame-stack", 4, "frames that the agent sees at once", count)
-    flag(g, "--shared-network", True, "policy and value share the convolutions")
-    flag(g, "--scale-obs", True, "scale pixels to [0, 1]")
-    flag(g, "--repeat-action-probability", None, "sticky actions (default: what the game's id says)", probability)
-
-    g = parser.add_argument_group("evaluate, film, play, track")
-    flag(g, "--evaluate", None, "play full games with the agent of a run directory or an agent file", str)
-    flag(g, "--eval-episodes", 10, "full games per evaluation; 0: none", natural)
-    flag(g, "--eval-interval", 0, "evaluate every N steps of training as well; 0: only at the end", natural)
-    flag(g, "--capture-video", False, "film one game of each evaluation")
-    flag(g, "--play", False, "play yourself; with --evaluate: watch the agent")
-    flag(g, "--track", False, "mirror the run to Weights & Biases (pip install wandb)")
-    flag(g, "--wandb-project-name", "ppo-atari", "", str)
-    flag(g, "--wandb-entity", None, "team or user", str)
-    flag(g, "--wandb-name", None, "name of the run (default: the run directory's)", str)
+    group = parser.add_argument_group("evaluate, film, play, track")
+    flag("evaluate", None, str, "play full games with the agent of a run directory or an agent file")
+    flag("eval-episodes", 10, natural, "full games per evaluation; 0: none")
+    flag("eval-interval", 0, natural, "evaluate every N steps of training as well; 0: only at the end")
+    flag("capture-video", False, bool, "film one game of each evaluation")
+    flag("play", False, bool, "play yourself; with --evaluate: watch the agent")
+    flag("track", False, bool, "mirror the run to Weights & Biases (pip install wandb)")
+    flag("wandb-project-name", "ppo-atari", str, "project")
+    flag("wandb-entity", None, str, "team or user")
+    flag("wandb-name", None, str, "name of the run (default: the run directory's)")
 
     missing = object()
     names = [action.dest for action in parser._actions if action.dest != "help"]
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, missing))))
     given = {name: value for name, value in given.items() if value is not missing}
-    if "resume" in given:
-        if "evaluate" in given or "play" in given:
-            raise UsageError("--resume trains on; leave out --evaluate and --play")
-        parser.set_defaults(**_flags_to_resume(given))
-    args = parser.parse_args(argv)
-    args.given = tuple(given)
-    _derive(args)
+    try:
+        if "resume" in given:
+            parser.set_defaults(**flags_to_resume(given))
+        args = parser.parse_args(argv)
+        derive(args)
+        check_env_id(args.env_id)
+    except UsageError as error:
+        parser.error(str(error))
+    args.given, args.flags = tuple(given), {name: getattr(args, name) for name in names}
     return args
 
 
-def _flags_to_resume(given: dict[str, Any]) -> dict[str, Any]:
+def flags_to_resume(given: dict[str, Any]) -> dict[str, Any]:
     """The flags of the run that --resume names, after refusing a change that would make it another run."""
     path = Path(given["resume"]) / "args.json"
     try:
         saved = json.loads(path.read_text())["flags"]
-        old_total = saved["total_timesteps"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--resume: {path} is not the args.json of a run ({error.__class__.__name__})") from None
-    for name, value in given.items():
-        if name not in MAY_CHANGE and name in saved and saved[name] != value:
-            raise UsageError(f"--resume: --{name.replace('_', '-')} was {saved[name]} and cannot become {value}")
-    if given.get("total_timesteps", old_total) < old_total:
-        raise UsageError(f"--resume: --total-timesteps was {old_total} and can only grow")
+        changed = [name for name in given if name not in MAY_CHANGE_ON_RESUME and saved[name] != given[name]]
+        shrinks = given.get("total_timesteps", saved["total_timesteps"]) < saved["total_timesteps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"--resume: {path} is missing or damaged; give the directory of a run") from None
+    for name in changed + ["total_timesteps"] * shrinks:
+        new, flag = given[name], f"--{name.replace('_', '-')}"
+        raise UsageError(f"--resume: {flag} is {saved[name]} in that run and cannot become {new}; leave it out")
     return saved
 
 
-def _derive(args: argparse.Namespace) -> None:
+def derive(args: argparse.Namespace) -> None:
     """Fills in what follows from the flags and the machine, and checks what one flag alone cannot show."""
-    args.rank, args.world_size, args.local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    args.rank, args.local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))  # these are torchrun's
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = args.total_timesteps // args.batch_size
+    sizes = f"{args.num_envs} environments x {args.num_steps} steps"
     if args.num_envs % args.world_size:
         raise UsageError(f"--num-envs {args.num_envs} cannot be split evenly over {args.world_size} processes")
     if args.batch_size % (args.num_minibatches * args.world_size):
         raise UsageError(
-            f"--num-minibatches {args.num_minibatches} does not divide the batch of {args.num_envs} environments x "
-            f"{args.num_steps} steps" + (f" on each of {args.world_size} processes" if args.world_size > 1 else "")
+            f"--num-minibatches {args.num_minibatches} does not divide {sizes} / {args.world_size} processes"
         )
-    if args.norm_adv and args.minibatch_size < 2:
+    if args.norm_adv and args.minibatch_size < 2 * args.world_size:
         raise UsageError("a minibatch of one sample has no spread: lower --num-minibatches or give --no-norm-adv")
     if args.num_iterations < 1:
-        raise UsageError(f"--total-timesteps {args.total_timesteps} is less than one rollout of {args.batch_size} steps")
+        raise UsageError(f"--total-timesteps {args.total_timesteps} is less than one rollout of {sizes}")
     if args.frame_size < 36 or args.frame_size % 8 != 4:
-        near = max(36, round((args.frame_size - 4) / 8) * 8 + 4)
+        near = max(36, args.frame_size // 8 * 8 + 4)
         raise UsageError(f"--frame-size must be 8m + 4 and at least 36, such as {near}, not {args.frame_size}")
-    if not args.exp_name or any(c in args.exp_name for c in "/\\\0"):
+    if not args.exp_name or "/" in args.exp_name or "\\" in args.exp_name:
         raise UsageError("--exp-name becomes part of a directory name: not empty, and no slashes")
-    check_env_id(args.env_id)
-    envs_here = args.num_envs // args.world_size
+    if args.resume and (args.evaluate or args.play):
+        raise UsageError("--resume trains on; leave out --evaluate and --play")
+    num_envs = args.num_envs // args.world_size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    default_workers = min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), envs_here)
-    if args.num_workers is None:
-        args.num_workers = default_workers
-    args.num_workers = min(args.num_workers, envs_here)
-    if args.inference_batch is None:
-        args.inference_batch = math.ceil(envs_here / default_workers)
+    workers = min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), num_envs)
+    args.num_workers = min(workers if args.num_workers is None else args.num_workers, num_envs)
+    args.inference_batch = args.inference_batch or math.ceil(num_envs / workers)
 
 
 def check_env_id(env_id: str) -> None:
@@ -296,8 +270,8 @@ def step_in_reset(env: gym.Env, action: int, info: dict) -> tuple[np.ndarray, di
     obs, _, terminated, truncated, step_info = env.step(action)
     if terminated or truncated:
         obs, reset_info = env.reset()
-        step_info = {**step_info, **reset_info}
-    return obs, {**info, **step_info}
+        step_info = step_info | reset_info
+    return obs, info | step_info
 
 
 class NoopResetEnv(gym.Wrapper):
@@ -308,8 +282,7 @@ class NoopResetEnv(gym.Wrapper):
 
     def __init__(self, env: gym.Env, noop_max: int = 30):
         super().__init__(env)
-        self.noop_max = noop_max
-        self.noop = find_action(env, "NOOP") or 0
+        self.noop_max, self.noop = noop_max, find_action(env, "NOOP") or 0
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
@@ -322,27 +295,25 @@ class MaxAndSkipEnv(gym.Wrapper):
     """[atari 2] Repeats an action for `skip` frames, sums the rewards and returns the pixelwise maximum of the last two
     RGB screens [H, W, 3], because the Atari draws some objects in every other frame only (Mnih et al., 2015).
 
-    Talks to the emulator directly, so that no more than the two screens it needs are ever drawn. Needs a base
-    environment with frameskip=1. A game that ends within the skip shows its last screen.
+    Drives the emulator directly, so that no more than two screens are drawn. The environment beneath must have
+    frameskip=1. A game that ends within the skip shows its last screen.
     """
 
     def __init__(self, env: gym.Env, skip: int = 4):
         super().__init__(env)
         self.ale, self.skip = env.unwrapped.ale, skip
         self.actions = self.ale.getMinimalActionSet()
-        self.screens = np.zeros((2, *env.observation_space.shape), np.uint8)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        ale, action, reward = self.ale, self.actions[action], 0.0
-        for frame in range(1, self.skip + 1):
-            reward += ale.act(action)
-            over = ale.game_over()  # terminated or truncated
-            if frame == self.skip - 1 and not over:
-                ale.getScreenRGB(self.screens[0])
-            if over:
+        ale, reward, screen = self.ale, 0.0, None
+        for frame in range(self.skip):
+            reward += ale.act(self.actions[action])
+            if over := ale.game_over():  # terminated or truncated
                 break
-        ale.getScreenRGB(self.screens[1])
-        screen = self.screens.max(axis=0) if frame == self.skip > 1 and not over else self.screens[1].copy()
+            if frame == self.skip - 2:
+                screen = ale.getScreenRGB()
+        last = ale.getScreenRGB()
+        screen = last if screen is None or over else np.maximum(screen, last, out=last)
         return screen, reward, ale.game_over(with_truncation=False), ale.game_truncated(), {}
 
 
@@ -350,21 +321,19 @@ class EpisodicLifeEnv(gym.Wrapper):
     """[atari 3] Ends the episode when a life is lost; resets the emulator only when the game is over (Mnih et al., 2015).
 
     After a lost life, reset() goes on in the same game with one step of doing nothing. reset(seed=...) always starts a
-    new game. A counter that falls to 0 is not a lost life: some games (Q*bert) show 0 for a while before they end.
+    new game. A counter that falls to 0 is no lost life: some games (Q*bert) show 0 for a while before they end.
     """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.noop = find_action(env, "NOOP") or 0
-        self.lives, self.game_over = 0, True
+        self.noop, self.lives, self.game_over = find_action(env, "NOOP") or 0, 0, True
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
-        lives = self.unwrapped.ale.lives()
-        terminated = terminated or 0 < lives < self.lives
+        lives, before = self.unwrapped.ale.lives(), self.lives
         self.lives = lives
-        return obs, reward, terminated, truncated, info
+        return obs, reward, terminated or 0 < lives < before, truncated, info
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         if self.game_over or kwargs.get("seed") is not None:
@@ -378,24 +347,19 @@ class EpisodicLifeEnv(gym.Wrapper):
 class FireResetEnv(gym.Wrapper):
     """[atari 4] Presses FIRE, then action 2, at each reset: some games stand still until then (openai/baselines)."""
 
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.fire = find_action(env, "FIRE")
-
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
-        for action in (self.fire, 2):
+        for action in (find_action(self.env, "FIRE"), 2):
             obs, info = step_in_reset(self.env, action, info)
         return obs, info
 
 
 class WarpFrame(gym.ObservationWrapper):
-    """[atari 5] RGB screen [H, W, 3] to luminance, then to size x size by area averaging: uint8 (Mnih et al., 2015)."""
+    """[atari 5] RGB screen [H, W, 3] to luminance, then to [size, size] by area averaging, uint8 (Mnih et al., 2015)."""
 
     def __init__(self, env: gym.Env, size: int = 84):
         super().__init__(env)
-        self.size = size
-        self.observation_space = gym.spaces.Box(0, 255, (size, size), np.uint8)
+        self.size, self.observation_space = size, gym.spaces.Box(0, 255, (size, size), np.uint8)
 
     def observation(self, screen: np.ndarray) -> np.ndarray:
         luminance = cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY)
@@ -423,24 +387,23 @@ class FrameStack(gym.Wrapper):
         return self.frames.copy(), info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs, *rest = self.env.step(action)
         self.frames[:-1] = self.frames[1:]
         self.frames[-1] = obs
-        return self.frames.copy(), reward, terminated, truncated, info
+        return self.frames.copy(), *rest
 
 
 def make_env(args: argparse.Namespace, render_mode: str | None = None) -> gym.Env:
     """The full stack, in openai/baselines' order: every program here plays through it.
 
-    Observations uint8 [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"} appears once per game,
-    when it is really over: full return before clipping, length in steps, seconds.
+    Observations are uint8 [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"} appears once per game,
+    when it is really over: return before clipping, length in steps, seconds. Raises UsageError for an unsuitable env_id.
     """
     check_env_id(args.env_id)
-    # frameskip=1, always: the -v5 ids skip 4 frames and the -v4 ids 2 to 4 by themselves, beneath MaxAndSkipEnv.
-    kwargs: dict[str, Any] = {"frameskip": 1, "render_mode": render_mode, "disable_env_checker": True}
-    if args.repeat_action_probability is not None:
-        kwargs["repeat_action_probability"] = args.repeat_action_probability
-    env = gym.make(args.env_id, **kwargs)
+    # frameskip=1, always: beneath MaxAndSkipEnv, the -v5 ids would skip 4 frames more and the -v4 ids 2 to 4.
+    sticky = args.repeat_action_probability
+    kwargs = {} if sticky is None else {"repeat_action_probability": sticky}
+    env = gym.make(args.env_id, frameskip=1, render_mode=render_mode, disable_env_checker=True, **kwargs)
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.n < 1:
         raise UsageError(f"--env-id {args.env_id} has no finite set of actions")
     if args.noop_max > 0:
@@ -449,7 +412,7 @@ def make_env(args: argparse.Namespace, render_mode: str | None = None) -> gym.En
     env = RecordEpisodeStatistics(env)  # above the skip, beneath lives and clipping: the score that papers report
     if args.episodic_life:
         env = EpisodicLifeEnv(env)
-    if args.fire_reset and find_action(env, "FIRE") is not None and env.action_space.n > 2:
+    if args.fire_reset and find_action(env, "FIRE") is not None:
         env = FireResetEnv(env)
     env = WarpFrame(env, args.frame_size)
     if args.clip_reward:
@@ -457,41 +420,22 @@ def make_env(args: argparse.Namespace, render_mode: str | None = None) -> gym.En
     return FrameStack(env, args.frame_stack)
 
 
-WRAPPER_STATE = {
-    RecordEpisodeStatistics: ("episode_returns", "episode_lengths"),
-    EpisodicLifeEnv: ("lives", "game_over"),
-    FrameStack: ("frames",),
-}
-
-
-def _wrapper_attributes(env: gym.Env):
+def wrapper_state(env: gym.Env) -> Iterator[tuple[gym.Env, str]]:
+    """The wrappers' attributes that the future of a game depends on."""
+    names = {FrameStack: ("frames",), EpisodicLifeEnv: ("lives", "game_over")}
+    names[RecordEpisodeStatistics] = ("episode_returns", "episode_lengths")
     while env is not env.unwrapped:
-        for name in WRAPPER_STATE.get(type(env), ()):
-            yield env, name
+        yield from ((env, name) for name in names.get(type(env), ()))
         env = env.env
-
-
-def forget_last_action(env: gym.Env) -> None:
-    """Makes the emulator's hidden last action a NOOP. Sticky actions repeat it, but no saved state contains it.
-
-    `rollout` calls this at its start, whether or not a checkpoint follows, so that a resumed run and an uninterrupted
-    one see the same game. Each frame overwrites the hidden action with probability of at least 1 - p.
-    """
-    ale, sticky = env.unwrapped.ale, env.unwrapped.spec.kwargs.get("repeat_action_probability", 0)
-    if sticky > 0:
-        state = ale.cloneState(include_rng=True)
-        for _ in range(min(1000, math.ceil(-22 / math.log10(min(sticky, 0.999)) / 2))):  # fails once in 10^11 or less
-            ale.act(ale_py.Action.NOOP)
-        ale.restoreState(state)
 
 
 def get_env_state(env: gym.Env) -> dict[str, Any]:
     """Everything that the future of a game depends on, as plain numbers, bytes, dictionaries and tensors."""
-    wrappers = [getattr(wrapper, name) for wrapper, name in _wrapper_attributes(env)]
+    values = [getattr(wrapper, name) for wrapper, name in wrapper_state(env)]
     return {
         "emulator": env.unwrapped.ale.cloneState(include_rng=True).serialize(),
         "np_random": env.unwrapped.np_random.bit_generator.state,
-        "wrappers": [torch.tensor(value) if isinstance(value, np.ndarray) else value for value in wrappers],
+        "wrappers": [torch.tensor(value) if isinstance(value, np.ndarray) else value for value in values],
     }
 
 
@@ -500,8 +444,22 @@ def set_env_state(env: gym.Env, state: dict[str, Any]) -> None:
     env.unwrapped.ale.reset_game()
     env.unwrapped.ale.restoreState(ale_py.ALEState(state["emulator"]))
     env.unwrapped.np_random.bit_generator.state = state["np_random"]
-    for (wrapper, name), value in zip(_wrapper_attributes(env), state["wrappers"], strict=True):
+    for (wrapper, name), value in zip(wrapper_state(env), state["wrappers"], strict=True):
         setattr(wrapper, name, value.numpy().copy() if isinstance(value, Tensor) else value)
+
+
+def forget_last_action(env: gym.Env) -> None:
+    """Makes the emulator's hidden last action a NOOP. Sticky actions repeat it, but no saved state contains it.
+
+    Each rollout starts with this, whether or not a checkpoint follows: so a resumed run sees the game that the
+    uninterrupted one saw. A frame fails to replace the action with the sticky probability p, all n with p^n < 10^-11.
+    """
+    ale, sticky = env.unwrapped.ale, env.unwrapped.spec.kwargs["repeat_action_probability"]
+    if sticky > 0:
+        state = ale.cloneState(include_rng=True)
+        for _ in range(math.ceil(-11 / math.log10(min(sticky, 0.99)))):
+            ale.act(ale_py.Action.NOOP)
+        ale.restoreState(state)
 
 
 # --------------------------------------------------------------------------------------------------------- 3 agent
@@ -514,11 +472,26 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 
     return layer
 
 
-class Agent(nn.Module):
-    """[atari 8] The Nature-CNN (Mnih et al., 2015) with a policy head and a value head.
+def nature_cnn(frame_stack: int, frame_size: int) -> nn.Sequential:
+    """[atari 8] The convolutional network of Mnih et al. (2015): [B, frame_stack, L, L] to [B, 512]."""
+    side = frame_size // 8 - 3  # 8m + 4 -> 2m -> m - 1 -> m - 3
+    return nn.Sequential(
+        layer_init(nn.Conv2d(frame_stack, 32, 8, stride=4)),
+        nn.ReLU(),
+        layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+        nn.ReLU(),
+        layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+        nn.ReLU(),
+        nn.Flatten(),
+        layer_init(nn.Linear(64 * side * side, 512)),
+        nn.ReLU(),
+    )
 
-    Observations are uint8 [B, frame_stack, L, L] with L = frame_size = 8m + 4, at least 36. By default the heads share
-    one network; shared_network=False gives the value head its own [core 13].
+
+class Agent(nn.Module):
+    """The Nature-CNN with a policy head and a value head. obs is uint8 [B, frame_stack, L, L], L = frame_size = 8m + 4.
+
+    By default the heads share one network; shared_network=False gives the value head its own [core 13].
     """
 
     def __init__(
@@ -532,48 +505,32 @@ class Agent(nn.Module):
         super().__init__()
         if frame_size < 36 or frame_size % 8 != 4:
             raise ValueError(f"frame_size must be 8m + 4 and at least 36, not {frame_size}")
-        side = frame_size // 8 - 3  # 8m + 4 -> 2m -> m - 1 -> m - 3
-
-        def nature_cnn() -> nn.Sequential:
-            return nn.Sequential(
-                layer_init(nn.Conv2d(frame_stack, 32, 8, stride=4)),
-                nn.ReLU(),
-                layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-                nn.ReLU(),
-                layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-                nn.ReLU(),
-                nn.Flatten(),
-                layer_init(nn.Linear(64 * side * side, 512)),
-                nn.ReLU(),
-            )
-
-        self.network = nature_cnn()
-        self.critic_network = None if shared_network else nature_cnn()
+        self.network = nature_cnn(frame_stack, frame_size)
+        self.critic_network = None if shared_network else nature_cnn(frame_stack, frame_size)
         self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)  # nearly uniform at first
         self.critic = layer_init(nn.Linear(512, 1), std=1)
-        self.scale = 255.0 if scale_obs else 1.0
-        self.dtype = torch.float32  # of the networks' arithmetic; the heads always compute in float32
-        # The weight gradient of the first convolution is several times faster with the 4 channels innermost.
-        self.to(memory_format=torch.channels_last)
+        self.scale = 1 / 255 if scale_obs else 1.0
+        self.dtype = torch.float32  # of the network's arithmetic; the heads always compute in float32
+        self.to(memory_format=torch.channels_last)  # the first convolution is several times faster in this layout
 
-    def _features(self, network: nn.Sequential, obs: Tensor) -> Tensor:
-        """uint8 [B, frame_stack, L, L] to float32 [B, 512]."""
-        x = obs.to(self.dtype, memory_format=torch.channels_last) / self.scale  # [atari 9]
+    def features(self, network: nn.Sequential, obs: Tensor) -> Tensor:
+        """float32 [B, 512]."""
+        x = obs.to(self.dtype, memory_format=torch.channels_last) * self.scale  # [atari 9]
         with torch.autocast(obs.device.type, self.dtype, enabled=network[0].weight.dtype != self.dtype):
             return network(x).float()
 
     def get_value(self, obs: Tensor) -> Tensor:
-        """The value [B] of each observation uint8 [B, frame_stack, L, L]."""
-        return self.critic(self._features(self.critic_network or self.network, obs)).flatten()
+        """The value [B] of each observation."""
+        return self.critic(self.features(self.critic_network or self.network, obs)).flatten()
 
     def get_action_and_value(
         self, obs: Tensor, action: Tensor | None = None, uniform: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """action int64 [B], its log_prob [B], the policy's entropy [B] and the value [B] for uint8 [B, frame_stack, L, L].
+        """action int64 [B], its log_prob [B], the policy's entropy [B] and the value [B].
 
         Without an action, samples one: by inverting the distribution function at uniform [B] in [0, 1), if given.
         """
-        hidden = self._features(self.network, obs)
+        hidden = self.features(self.network, obs)
         value = self.critic(hidden).flatten() if self.critic_network is None else self.get_value(obs)
         log_probs = F.log_softmax(self.actor(hidden), dim=-1)
         probs = log_probs.exp()
@@ -585,26 +542,28 @@ class Agent(nn.Module):
 
 
 def inference_copy(agent: Agent) -> Agent:
-    """A copy for rollouts, on the CPU, in shared memory; the networks' weights are kept in the agent's own dtype."""
-    clone = copy.deepcopy(agent).cpu().requires_grad_(False)
+    """A copy that acts, in shared memory, with the network's weights kept in the precision it computes in."""
+    clone = copy.deepcopy(agent).requires_grad_(False)
     for network in (clone.network, clone.critic_network):
         if network is not None:
             network.to(agent.dtype)
     return clone.share_memory()
 
 
+@torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copies all parameters, rounding to the target's precision."""
-    with torch.no_grad():
-        for old, new in zip(target.parameters(), source.parameters(), strict=True):
-            old.copy_(new)
+    for old, new in zip(target.parameters(), source.parameters(), strict=True):
+        old.copy_(new)
 
 
 # ------------------------------------------------------------------------------------------------------- 4 rollout
 
+Game = tuple[int, int, float, int]  # the step of a rollout in which it ended, environment, return, length
+
 
 class Storage(NamedTuple):
-    """One rollout of T steps in N environments, in shared memory. Row T holds what comes next, as row 0 of the next one.
+    """One rollout of T steps in N environments, in shared memory. Row T holds what comes next: row 0 of the next rollout.
 
     dones[t] is 1 where observation t starts a new episode; log_probs and values are the acting policy's.
     """
@@ -617,27 +576,24 @@ class Storage(NamedTuple):
     rewards: Tensor  # float32 [T, N]
 
     @staticmethod
-    def allocate(num_steps: int, num_envs: int, obs_shape: tuple[int, ...]) -> "Storage":
-        T, N = num_steps, num_envs
-        obs = torch.zeros(T + 1, N, *obs_shape, dtype=torch.uint8)
-        long = [torch.zeros(T + 1, N) for _ in range(2)]
-        short = [torch.zeros(T, N, dtype=torch.int64), torch.zeros(T, N), torch.zeros(T, N)]
-        return Storage(*(tensor.share_memory_() for tensor in (obs, *long, *short)))
+    def allocate(T: int, N: int, obs_shape: tuple[int, ...]) -> "Storage":
+        shapes = ((T + 1, N, *obs_shape), (T + 1, N), (T + 1, N), (T, N), (T, N), (T, N))
+        dtypes = (torch.uint8, torch.float32, torch.float32, torch.int64, torch.float32, torch.float32)
+        return Storage(*(torch.zeros(s, dtype=d).share_memory_() for s, d in zip(shapes, dtypes, strict=True)))
 
     def columns(self, low: int, high: int) -> "Storage":
-        """The part of environments low to high - 1; a view."""
+        """A view of environments low to high - 1."""
         return Storage(*(tensor[:, low:high] for tensor in self))
 
 
-def act_in_batches(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """action, log_prob and value [B] for any B, computed in batches of one fixed size.
 
-    Matrix kernels differ in the last bit from one batch size to another. With the size fixed, how many workers share
-    the environments makes no difference.
+    Matrix kernels differ in the last bit from one batch size to another. With the size fixed, it makes no difference how
+    many workers share the environments.
     """
     parts = []
-    for i in range(0, len(obs), batch):
-        o, u = obs[i : i + batch], uniform[i : i + batch]
+    for o, u in zip(obs.split(batch), uniform.split(batch), strict=True):
         if len(o) < batch:
             o, u = (torch.cat([x, x[:1].expand(batch - len(x), *x.shape[1:])]) for x in (o, u))
         action, log_prob, _, value = agent.get_action_and_value(o, uniform=u)
@@ -647,74 +603,63 @@ def act_in_batches(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> tu
 
 @torch.inference_mode()
 def rollout(
-    agent: Agent,
-    envs: SyncVectorEnv,
-    storage: Storage,
-    generators: list[np.random.Generator],
-    gamma: float,
-    batch: int,
-) -> tuple[list[tuple[int, int, float, int]], dict[str, float]]:
-    """Plays num_steps steps in each of the n environments and stores them: [core 1], with SAME_STEP autoreset.
+    agent: Agent, envs: SyncVectorEnv, storage: Storage, generators: list[np.random.Generator], gamma: float, batch: int
+) -> tuple[list[Game], dict[str, float]]:
+    """Plays the steps of one rollout in each environment and stores them. envs must have SAME_STEP autoreset.
 
-    Returns the games that ended, as (step, environment, return, length), and the seconds by kind of work. Environment i
-    samples its actions from generators[i].
+    Environment i samples its actions from generators[i]. Returns the games that ended and the seconds by kind of work.
     """
-    num_steps, num_envs = storage.actions.shape
     obs, dones, values, actions, log_probs, rewards = storage
+    num_steps, games, seconds = len(actions), [], {"environment": 0.0, "inference": 0.0}
     uniform = torch.from_numpy(np.stack([g.random(num_steps, np.float32) for g in generators], axis=1))
-    games, seconds = [], {"environment": 0.0, "inference": 0.0}
     for env in envs.envs:
         forget_last_action(env)
     obs[0], dones[0] = obs[num_steps], dones[num_steps]
     for t in range(num_steps):
         started = time.perf_counter()
-        actions[t], log_probs[t], values[t] = act_in_batches(agent, obs[t], uniform[t], batch)
-
+        actions[t], log_probs[t], values[t] = act(agent, obs[t], uniform[t], batch)
         inferred = time.perf_counter()
         next_obs, reward, terminated, truncated, infos = envs.step(actions[t].numpy())
-        obs[t + 1] = torch.from_numpy(next_obs)
+        obs[t + 1], rewards[t] = torch.from_numpy(next_obs), torch.from_numpy(reward)
         dones[t + 1] = torch.from_numpy(terminated | truncated)
-        rewards[t] = torch.from_numpy(reward)
         for i in np.flatnonzero(truncated & ~terminated):  # the time limit is not the game's end: bootstrap
             final_obs = torch.from_numpy(infos["final_obs"][i])[None]
-            rewards[t, i] += gamma * act_in_batches(agent, final_obs, uniform[t, :1], batch)[2][0]
+            rewards[t, i] += gamma * act(agent, final_obs, uniform[t, :1], batch)[2][0]
         for info in (infos.get("final_info", {}), infos):  # a game can also end within a reset: see step_in_reset
-            if "episode" in info:
-                for i in np.flatnonzero(info["_episode"]):
-                    games.append((t, int(i), float(info["episode"]["r"][i]), int(info["episode"]["l"][i])))
+            for i in np.flatnonzero(info.get("_episode", ())):
+                games.append((t, int(i), float(info["episode"]["r"][i]), int(info["episode"]["l"][i])))
         seconds["inference"] += inferred - started
         seconds["environment"] += time.perf_counter() - inferred
-    values[num_steps] = act_in_batches(agent, obs[num_steps], uniform[0], batch)[2]
+    values[num_steps] = act(agent, obs[num_steps], uniform[0], batch)[2]
     return games, seconds
 
 
 class Player:
-    """Environments low to high - 1 of a run and what acts in them: lives in a worker process, or in the learner's."""
+    """Environments low to high - 1 of a process and what acts in them; lives in a worker or in the learner itself."""
 
     def __init__(self, args: argparse.Namespace, agent: Agent, storage: Storage, low: int, high: int):
-        self.args, self.agent, self.storage = args, agent, storage
-        # Environments are numbered over all ranks, so that neither ranks nor workers change a game's seed.
-        first = args.rank * args.num_envs // args.world_size + low
-        indices = range(first, first + high - low)
-        self.low, self.generators = low, [np.random.default_rng([args.seed, i]) for i in indices]
-        self.envs = SyncVectorEnv([lambda: make_env(args)] * len(indices), copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-        obs, _ = self.envs.reset(seed=[int(np.random.SeedSequence([args.seed, i]).generate_state(1)[0] >> 1) for i in indices])
-        storage.obs[-1] = torch.from_numpy(obs)
-        storage.dones[-1] = 1
+        self.args, self.agent, self.storage, self.low = args, agent, storage.columns(low, high), low
+        # Numbered over all processes, so that neither ranks nor workers change the seed of a game.
+        first = args.rank * args.num_envs // args.world_size
+        seeds = [[args.seed, first + i] for i in range(low, high)]
+        self.generators = [np.random.default_rng(seed) for seed in seeds]
+        make = [lambda: make_env(args)] * len(seeds)
+        self.envs = SyncVectorEnv(make, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        game_seeds = [int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1) for seed in seeds]
+        self.storage.obs[-1] = torch.from_numpy(self.envs.reset(seed=game_seeds)[0])
+        self.storage.dones[-1] = 1
 
-    def rollout(self) -> tuple[list[tuple[int, int, float, int]], dict[str, float]]:
+    def rollout(self) -> tuple[list[Game], dict[str, float]]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a small batch gains nothing from threads, and results must not depend on them
-        try:
-            batch = self.args.inference_batch
-            games, seconds = rollout(self.agent, self.envs, self.storage, self.generators, self.args.gamma, batch)
-        finally:
-            torch.set_num_threads(threads)
-        return [(t, i + self.low, score, length) for t, i, score, length in games], seconds
+        batch, gamma = self.args.inference_batch, self.args.gamma
+        games, seconds = rollout(self.agent, self.envs, self.storage, self.generators, gamma, batch)
+        torch.set_num_threads(threads)
+        return [(t, i + self.low, *score) for t, i, *score in games], seconds
 
     def get_state(self) -> list[dict[str, Any]]:
         pairs = zip(self.envs.envs, self.generators, strict=True)
-        return [{**get_env_state(env), "generator": generator.bit_generator.state} for env, generator in pairs]
+        return [get_env_state(env) | {"generator": generator.bit_generator.state} for env, generator in pairs]
 
     def set_state(self, states: list[dict[str, Any]]) -> None:
         for env, generator, state in zip(self.envs.envs, self.generators, states, strict=True):
@@ -724,82 +669,75 @@ class Player:
 
 def worker_main(pipe: connection.Connection, *player_args: Any) -> None:
     """A worker process: makes its Player, then answers calls of its methods until the learner is gone."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)  # the learner decides when to stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the learner decides when to stop
     try:
         torch.set_num_threads(1)
-        player = Player(*player_args)
-        pipe.send(("ok", None))
+        player, answer = Player(*player_args), None
         while True:
-            while not pipe.poll(1):  # the pipe's other end may live on in a sister process, so it cannot tell
+            pipe.send((answer, None))
+            while not pipe.poll(1):  # no end of file would come: sister processes hold the pipe's other end, too
                 if not parent_process().is_alive():
                     return
             method, call_args = pipe.recv()
-            pipe.send(("ok", getattr(player, method)(*call_args)))
-    except (EOFError, BrokenPipeError):
+            answer = getattr(player, method)(*call_args)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-    except BaseException:
-        pipe.send(("error", traceback.format_exc()))
+    except Exception:
+        pipe.send((None, traceback.format_exc()))
 
 
 class Workers:
-    """The Players of one run: processes that share the storage and the policy's weights with the learner by memory.
+    """[core 1] The Players of a run, in processes that share the storage and the weights with the learner by memory.
 
-    With num_workers=0, a single Player in this process. Either way, the same results bit for bit.
+    num_workers=0 makes one Player in this process. The results are the same bit for bit.
     """
 
     def __init__(self, args: argparse.Namespace, agent: Agent, storage: Storage):
-        num_envs = storage.actions.shape[1]
-        bounds = np.linspace(0, num_envs, max(1, args.num_workers) + 1).astype(int).tolist()
-        self.shares = list(zip(bounds, bounds[1:], strict=False))
-        self.processes, self.pipes, self.local = [], [], None
-        if args.num_workers == 0:
-            self.local = Player(args, agent, storage, 0, num_envs)
-            return
+        bounds = np.linspace(0, storage.actions.shape[1], max(1, args.num_workers) + 1).astype(int).tolist()
+        self.shares, self.processes, self.pipes = list(pairwise(bounds)), [], []
+        self.local = None if args.num_workers else Player(args, agent, storage, *self.shares[0])
         context = torch.multiprocessing.get_context(args.start_method)
-        try:
-            for low, high in self.shares:
-                pipe, theirs = context.Pipe()
-                player_args = (args, agent, storage.columns(low, high), low, high)
-                process = context.Process(target=worker_main, args=(theirs, *player_args), daemon=True)
-                process.start()
-                theirs.close()
-                self.processes.append(process)
-                self.pipes.append(pipe)
-            self._answers()
-        except BaseException:
-            self.close()
-            raise
+        for share in self.shares if args.num_workers else ():
+            pipe, their_pipe = context.Pipe()
+            player_args = (their_pipe, args, agent, storage, *share)
+            self.processes.append(context.Process(target=worker_main, args=player_args, daemon=True))
+            self.pipes.append(pipe)
+            self.processes[-1].start()
+            their_pipe.close()
+        self.answers()
 
-    def call(self, method: str, *per_share: list) -> list[Any]:
-        """Calls a Player's method in every worker at once; per_share lists hold one argument for each share."""
-        if self.local is not None:
-            return [getattr(self.local, method)(*(values[0] for values in per_share))]
-        try:
-            for i, pipe in enumerate(self.pipes):
-                pipe.send((method, [values[i] for values in per_share]))
-        except BrokenPipeError:
-            pass  # _answers finds out who died
-        return self._answers()
+    def call(self, method: str, *lists: list) -> list[Any]:
+        """Calls a method of every Player at once; each list holds one argument per share of the environments."""
+        if self.local:
+            return [getattr(self.local, method)(*(values[0] for values in lists))]
+        for pipe, *values in zip(self.pipes, *lists, strict=True):
+            try:
+                pipe.send((method, values))
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # answers() finds out who died
+        return self.answers()
 
-    def _answers(self) -> list[Any]:
-        answers: list[Any] = [None] * len(self.pipes)
-        waiting = set(range(len(self.pipes)))
+    def answers(self) -> list[Any]:
+        """What each worker answers. Raises RunError as soon as one fails or dies, and ends the others."""
+        answers, waiting = [None] * len(self.pipes), set(range(len(self.pipes)))
         while waiting:
-            ready = connection.wait([self.pipes[i] for i in waiting] + [p.sentinel for p in self.processes])
-            for i, pipe in enumerate(self.pipes):
+            connection.wait([self.pipes[i] for i in waiting] + [process.sentinel for process in self.processes])
+            for i in sorted(waiting):
+                process, pipe, error = self.processes[i], self.pipes[i], None
+                ended = process.exitcode is not None  # asked before the pipe: its last words may still be in there
                 try:
-                    if i in waiting and pipe in ready and pipe.poll():
-                        status, answers[i] = pipe.recv()
-                        if status == "error":
-                            raise RunError(f"rollout worker {i} failed:\n{answers[i]}")
-                        waiting.remove(i)
-                        continue
+                    if pipe.poll():
+                        answers[i], error = pipe.recv()
+                        waiting.discard(i)
+                    elif ended:
+                        error = f"exit code {process.exitcode}"
                 except (EOFError, ConnectionResetError):
-                    pass
-                if not self.processes[i].is_alive() and not pipe.poll():
-                    self.processes[i].join()
-                    raise RunError(f"rollout worker {i} died (exit code {self.processes[i].exitcode})")
+                    process.join()
+                    error = f"exit code {process.exitcode}"
+                if error:
+                    self.close()
+                    raise RunError(f"rollout worker {i} of {len(self.pipes)} failed: {error}")
         return answers
 
     def close(self) -> None:
@@ -825,18 +763,16 @@ def compute_gae(
     rewards, values, dones are [T, N]; dones[t] is 1 where observation t starts a new episode; next_value and next_done
     [N] belong to the observation after the last step.
     """
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(next_value)
+    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * next_value * (1 - next_done) - values[t]
-        advantage = delta + gamma * gae_lambda * (1 - next_done) * advantage
-        advantages[t] = advantage
+        advantages[t] = advantage = delta + gamma * gae_lambda * (1 - next_done) * advantage
         next_value, next_done = values[t], dones[t]
     return advantages, advantages + values
 
 
 def all_mean(tensor: Tensor) -> Tensor:
-    """The mean over all processes, in place; nothing to do where there is only one."""
+    """The mean over all processes, in place; the tensor itself where there is only one."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
@@ -844,7 +780,7 @@ def all_mean(tensor: Tensor) -> Tensor:
 
 
 def normalize(advantage: Tensor) -> Tensor:
-    """[core 7] Zero mean and unit variance over the minibatch, which is spread over all processes."""
+    """[core 7] Zero mean and unit standard deviation over the minibatch, which is spread over all processes."""
     if not dist.is_initialized():
         return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     centered = advantage - all_mean(advantage.mean())
@@ -861,11 +797,11 @@ def ppo_loss(
     advantage: Tensor,
     return_: Tensor,
     args: argparse.Namespace,
-    ent_coef: float | Tensor | None = None,
+    ent_coef: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one minibatch (Schulman et al., 2017) and its parts; every tensor is [B].
 
-    Reads clip_coef, clip_vloss, norm_adv, vf_coef and ent_coef of args; the last argument overrides ent_coef.
+    Reads norm_adv, clip_coef, clip_vloss, vf_coef and ent_coef of args; the last argument overrides ent_coef.
     """
     if args.norm_adv:
         advantage = normalize(advantage)
@@ -883,16 +819,11 @@ def ppo_loss(
     entropy = entropy.mean()
     ent_coef = args.ent_coef if ent_coef is None else ent_coef
     loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss  # [core 10]
-    with torch.no_grad():  # [core 12]; both estimators of the KL divergence are from joschu.net/blog/kl-approx.html
-        stats = {
-            "policy_loss": policy_loss.detach(),
-            "value_loss": value_loss.detach(),
-            "entropy": entropy.detach(),
-            "old_approx_kl": (-log_ratio).mean(),
-            "approx_kl": ((ratio - 1) - log_ratio).mean(),
-            "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-        }
-    return loss, stats
+    stats = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    # [core 12] Both estimators of the KL divergence: Schulman, "Approximating KL Divergence" (2020)
+    stats |= {"old_approx_kl": (-log_ratio).mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
+    stats |= {"clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
+    return loss, {name: stat.detach() for name, stat in stats.items()}
 
 
 def anneal(start: float, end: float, iteration: int, num_iterations: int) -> float:
@@ -903,125 +834,99 @@ def anneal(start: float, end: float, iteration: int, num_iterations: int) -> flo
 # --------------------------------------------------------------------------------------------------- 6 run directory
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes to a temporary name, flushes and renames: at any moment the path holds a whole file, old or new."""
+def write_file(path: Path, content: bytes | dict) -> None:
+    """Writes bytes, or a dictionary in torch's format, to a temporary name, flushes and renames it.
+
+    At any moment the path holds a whole file, old or new.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
-
-
-def load_tensors(path: Path, *keys: str) -> dict[str, Any]:
-    """Reads a file of save_tensors. One from a stranger can do no harm: weights_only runs no code from the file."""
+def load_file(path: Path, *keys: str) -> dict[str, Any]:
+    """A dictionary that write_file wrote. A file from a stranger can do no harm: weights_only runs no code from it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not set(keys) <= content.keys():
+        if not set(keys) <= content.keys():
             raise ValueError("other content")
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = "not found" if isinstance(error, FileNotFoundError) else "damaged, or not a file of this script"
-        raise UsageError(f"{path} is {reason}") from None
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (OSError, RuntimeError, ValueError, AttributeError, EOFError, KeyError, pickle.UnpicklingError):
+        raise UsageError(f"{path} is damaged or not a file of this script") from None
     return content
-
-
-def flags_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags alone, without what _derive adds."""
-    return {name: value for name, value in vars(args).items() if name not in DERIVED}
-
-
-def describe_run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The content of args.json: flags, versions, git revision, hardware."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    modules = (ale_py, cv2, gym, np, torch)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "flags": flags_of(args),
-        "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
-        "git": git.stdout.strip(),
-        "hardware": {"cores": os.cpu_count(), "cpu": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
-    }
 
 
 class RunDirectory:
     """What a run writes. A write that fails (a full disk) is reported once and lets the training go on."""
 
-    def __init__(self, path: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter  # here, because workers need not import it
+    def __init__(self, path: Path, step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter  # here, because the workers do without it
 
         self.path, self.failed = path, False
         # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap.
         self.writer = SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
 
-    def attempt(self, what: str, function: Any, *args: Any, **kwargs: Any) -> None:
+    def attempt(self, what: str, function: Callable, *args: Any) -> None:
         try:
-            function(*args, **kwargs)
+            function(*args)
         except OSError as error:
             if not self.failed:
-                print(f"ppo_atari.py: cannot write {what}: {error}; training goes on", file=sys.stderr, flush=True)
+                print(f"ppo_atari.py: cannot write {what}: {error}; going on without", file=sys.stderr, flush=True)
             self.failed = True
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for tag, value in values.items():
             self.attempt("TensorBoard events", self.writer.add_scalar, tag, value, step)
 
-    def describe(self, args: argparse.Namespace) -> None:
-        """Hyperparameters as a table and for the HParams tab, and a layout with the charts that matter first."""
+    def describe(self, args: argparse.Namespace, screen: np.ndarray, obs: np.ndarray) -> None:
+        """Hyperparameters, as text and for the HParams tab; the charts that matter first; what the agent sees."""
         from torch.utils.tensorboard.summary import hparams
 
-        flags = {name: value for name, value in flags_of(args).items() if value is not None}
-        rows = "\n".join(f"|{name}|{value}|" for name, value in flags.items())
+        flags = {name: value for name, value in args.flags.items() if value is not None}
+        rows = "".join(f"|{name}|{value}|\n" for name, value in flags.items())
         self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
         for summary in hparams(flags, {"charts/episodic_return": 0}):  # add_hparams would start a sub-run
             self.writer.file_writer.add_summary(summary)
-        first = ["charts/episodic_return", "charts/SPS", "losses/explained_variance", "losses/approx_kl"]
-        self.writer.add_custom_scalars({"PPO": {tag.split("/")[1]: ["Multiline", [tag]] for tag in first}})
+        first = ("charts/episodic_return", "charts/SPS", "losses/explained_variance", "losses/approx_kl")
+        self.writer.add_custom_scalars({"PPO": {tag: ["Multiline", [tag]] for tag in first}})
+        self.observation("observation", screen, obs, 0)
 
     def observation(self, tag: str, screen: np.ndarray, obs: np.ndarray, step: int) -> None:
-        """An image of the raw screen [H, W, 3] and, to its right, the stacked frames [k, L, L] that the agent sees."""
-        height = len(screen)
-        frames = [cv2.resize(frame, (height, height), interpolation=cv2.INTER_NEAREST) for frame in obs]
-        frames = [np.repeat(frame[:, :, None], 3, axis=2) for frame in frames]
+        """An image: the raw screen [H, W, 3] and, to its right, the stacked frames [k, L, L]."""
+        size = (len(screen), len(screen))
+        frames = [cv2.cvtColor(cv2.resize(f, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB) for f in obs]
         self.writer.add_image(tag, np.concatenate([screen, *frames], axis=1), step, dataformats="HWC")
 
     def video(self, frames: list[np.ndarray], step: int, fps: int) -> None:
-        """RGB frames [H, W, 3] as videos/<step>.webm (VP8, for browsers) and as a moving image in TensorBoard."""
+        """RGB frames [H, W, 3] as videos/<step>.webm (VP8, which browsers play) and as a GIF in TensorBoard's Images."""
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         height, width, _ = frames[0].shape
-        path = self.path / "videos" / f"{step}.webm"
+        path, temporary = (self.path / "videos" / f"{step}{ending}" for ending in (".webm", ".tmp.webm"))
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp.webm")
         film = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"VP80"), fps, (2 * width, 2 * height))
         for frame in frames:
             double = cv2.resize(frame, (2 * width, 2 * height), interpolation=cv2.INTER_NEAREST)
             film.write(cv2.cvtColor(double, cv2.COLOR_RGB2BGR))
         film.release()
         os.replace(temporary, path)
-        skip = 2 * math.ceil(len(frames) / 1200)  # half the frames, and at most 600: a dashboard stays quick
+        skip = 2 * math.ceil(len(frames) / 1200)  # at most 600 images, so that the dashboard stays quick
         images = [Image.fromarray(frame).quantize(32) for frame in frames[::skip]]
         gif = io.BytesIO()
         images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=1000 * skip // fps, loop=0)
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
-        summary = Summary(value=[Summary.Value(tag="eval/video", image=image)])
-        self.writer.file_writer.add_summary(summary, step)
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), step)
 
 
 # -------------------------------------------------------------------------------------------------------- 7 programs
-
-
-def choose_device(args: argparse.Namespace) -> torch.device:
-    if args.cuda and torch.cuda.is_available():
-        torch.cuda.set_device(args.local_rank)
-        return torch.device("cuda", args.local_rank)
-    return torch.device("cpu")
 
 
 def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
@@ -1029,265 +934,88 @@ def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
     if args.precision != "auto":
         return getattr(torch, args.precision)
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if fast else torch.float32
-
-
-def make_agent(args: argparse.Namespace, num_actions: int) -> Agent:
-    return Agent(num_actions, args.frame_stack, args.frame_size, args.shared_network, args.scale_obs)
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
 
 
 def play_games(
-    args: argparse.Namespace, agent: Agent | None, num_games: int, film: list | None = None, render_mode: str | None = None
+    args: argparse.Namespace,
+    agent: Agent | None,
+    num_games: int,
+    film: list | None = None,
+    render_mode: str | None = None,
 ) -> list[tuple[float, int]]:
-    """Plays full games side by side, through all lives; agent=None plays at random. Returns each (score, length).
+    """Plays full games side by side, through all lives; agent=None plays at random. Returns (score, length) of each.
 
-    The stack is that of training: an agent whom FIRE was pressed for never learned to press it. `film` collects the
-    screens of the first game.
+    The stack is that of training: an agent for whom FIRE was pressed has never learned to press it. film collects
+    (screen, observation) of the first game's first 5 minutes.
     """
     envs = [make_env(args, render_mode) for _ in range(num_games)]
     generators = [np.random.default_rng([args.seed, 2**31, i]) for i in range(num_games)]
     obs = [env.reset(seed=args.seed + 2**31 + i)[0] for i, env in enumerate(envs)]
-    results: list[tuple[float, int] | None] = [None] * num_games
-    while playing := [i for i in range(num_games) if results[i] is None]:
+    results: dict[int, tuple[float, int]] = {}
+    while playing := [i for i in range(num_games) if i not in results]:
         uniform = torch.tensor([generators[i].random() for i in playing], dtype=torch.float32)
         if agent is None:
             actions = (uniform * envs[0].action_space.n).long()
         else:
             with torch.inference_mode():
-                batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
-                actions = agent.get_action_and_value(batch, uniform=uniform)[0]
+                actions = agent.get_action_and_value(
+                    torch.from_numpy(np.stack([obs[i] for i in playing])), None, uniform
+                )[0]
         for i, action in zip(playing, actions.tolist(), strict=True):
             obs[i], _, terminated, truncated, info = envs[i].step(action)
+            if film is not None and i == 0 and len(film) < 5 * 60 * 60 / args.frame_skip:
+                film.append((envs[0].unwrapped.ale.getScreenRGB(), obs[0]))
             if (terminated or truncated) and "episode" not in info:  # a lost life
                 obs[i], info = envs[i].reset()
-            if film is not None and i == 0:
-                film.append(envs[0].unwrapped.ale.getScreenRGB())
             if "episode" in info:
                 results[i] = (float(info["episode"]["r"]), int(info["episode"]["l"]))
     for env in envs:
         env.close()
-    return results
+    return [results[i] for i in range(num_games)]
 
 
 def evaluate_agent(args: argparse.Namespace, agent: Agent, step: int, run: RunDirectory) -> None:
     """Plays --eval-episodes games, prints and logs their scores beside a random policy's, and writes eval.json."""
-    film: list[np.ndarray] | None = [] if args.capture_video else None
-    games = play_games(args, agent, args.eval_episodes, film)
-    scores, lengths = [score for score, _ in games], [length for _, length in games]
-    random_scores = [score for score, _ in play_games(args, None, args.eval_episodes)]
-    mean, std, random_mean = np.mean(scores), np.std(scores), np.mean(random_scores)
+    film = [] if args.capture_video else None
+    scores, lengths = zip(*play_games(args, agent, args.eval_episodes, film), strict=True)
+    random_scores, _ = zip(*play_games(args, None, args.eval_episodes), strict=True)
+    mean, std, random_mean = float(np.mean(scores)), float(np.std(scores)), float(np.mean(random_scores))
     print(f"evaluation at step {step:,}: {' '.join(f'{score:g}' for score in scores)}")
     print(f"mean {mean:.2f} ± {std:.2f} over {len(scores)} full games; a random policy: {random_mean:.2f}", flush=True)
-    result = {"env_id": args.env_id, "step": step, "seed": args.seed, "scores": scores, "lengths": lengths,
-              "mean": mean, "std": std, "random_scores": random_scores, "random_mean": random_mean}  # fmt: skip
-    run.scalars({"eval/episodic_return": mean, "eval/episodic_length": np.mean(lengths)}, step)
+    result = {"env_id": args.env_id, "step": step, "seed": args.seed, "mean": mean, "std": std, "scores": scores}
+    result |= {"lengths": lengths, "random_mean": random_mean, "random_scores": random_scores}
+    run.scalars({"eval/episodic_return": mean, "eval/episodic_length": float(np.mean(lengths))}, step)
     run.attempt("eval.json", write_file, run.path / "eval.json", json.dumps(result, indent=1).encode())
     if film:
-        run.attempt("the video", run.video, film, step, round(60 / args.frame_skip))
+        screens, observations = zip(*film, strict=True)
+        run.attempt("the video", run.video, screens, step, round(60 / args.frame_skip))
+        run.observation("eval/observation", screens[len(film) // 2], observations[len(film) // 2], step)
 
 
-def train(args: argparse.Namespace) -> int:
-    """Trains, and returns the exit code: 0; 1 if a file could not be written; 130 or 143 if a signal ended it early."""
-    # SETUP
-    device = choose_device(args)
-    if args.world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    main_process = args.rank == 0
-    num_envs, world_size = args.num_envs // args.world_size, args.world_size  # of this process; of all
-    batch_size, minibatch_size = args.batch_size // world_size, args.minibatch_size // world_size
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    shuffler = torch.Generator().manual_seed(args.seed * 1000 + args.rank)
-
-    probe = make_env(args, "rgb_array")
-    first_obs, _ = probe.reset(seed=args.seed)
-    first_screen, num_actions = probe.render(), int(probe.action_space.n)
-    probe.close()
-    agent = make_agent(args, num_actions)
-    agent.dtype = choose_dtype(args, torch.device("cpu"))
-    actor = inference_copy(agent)
-    storage = Storage.allocate(args.num_steps, num_envs, first_obs.shape)
-
-    checkpoint, iteration, step = None, 0, 0
-    if args.resume:
-        path = Path(args.resume) / "checkpoint.pt"
-        checkpoint = load_tensors(path, "weights", "optimizer", "iteration", "ranks", "recent")
-        if len(checkpoint["ranks"]) != world_size:
-            raise UsageError(f"--resume: the run had {len(checkpoint['ranks'])} processes, not {world_size}")
-        iteration = checkpoint["iteration"]
-        step = iteration * args.batch_size
-    workers = Workers(args, actor, storage)  # before the learner's first parallel section: a fork copies no threads
-    agent.to(device)
-    agent.dtype = choose_dtype(args, device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-    recent: deque[float] = deque(maxlen=100)  # scores of the last games
-    if checkpoint:
-        agent.load_state_dict(checkpoint["weights"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        recent.extend(checkpoint["recent"])
-        mine = checkpoint["ranks"][args.rank]
-        shuffler.set_state(mine["shuffler"])
-        storage.obs[-1], storage.dones[-1] = mine["obs"], mine["dones"]
-        workers.call("set_state", [mine["environments"][low:high] for low, high in workers.shares])
-    run = None
-    if main_process:
-        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        run = open_run(args, Path(args.resume) if args.resume else Path("runs") / name, step, device)
-        if not args.resume:
-            run.describe(args)
-            run.observation("observation/start", first_screen, first_obs, 0)
-    status = Status(args, step, main_process)
-    stop = StopSignal()
-
-    def save() -> None:
-        """checkpoint.pt, with everything that the run needs to go on, and agent.pt."""
-        environments = [state for states in workers.call("get_state") for state in states]
-        mine = {"environments": environments, "shuffler": shuffler.get_state()}
-        mine |= {"obs": storage.obs[-1].clone(), "dones": storage.dones[-1].clone()}
-        ranks = [mine]
-        if world_size > 1:
-            ranks = [None] * world_size
-            dist.all_gather_object(ranks, mine)
-        if main_process:
-            content = {"weights": agent.state_dict(), "flags": flags_of(args)}
-            run.attempt("agent.pt", save_tensors, run.path / "agent.pt", content)
-            content |= {"optimizer": optimizer.state_dict(), "iteration": iteration, "ranks": ranks, "recent": list(recent)}
-            run.attempt("TensorBoard events", run.writer.flush)
-            run.attempt("checkpoint.pt", save_tensors, run.path / "checkpoint.pt", content)
-
-    try:
-        while iteration < args.num_iterations and not stop.requested():
-            iteration += 1
-            started = time.perf_counter()
-            learning_rate = args.learning_rate
-            if args.anneal_lr:
-                learning_rate = anneal(args.learning_rate, 0.0, iteration, args.num_iterations)
-            optimizer.param_groups[0]["lr"] = learning_rate
-            ent_coef = args.ent_coef
-            if args.ent_coef_final is not None:
-                ent_coef = anneal(args.ent_coef, args.ent_coef_final, iteration, args.num_iterations)
-
-            # ROLLOUT
-            copy_weights(agent, actor)
-            played = workers.call("rollout")
-            rolled_out = time.perf_counter()
-
-            # ADVANTAGES
-            next_value, next_done = storage.values[-1], storage.dones[-1]
-            advantages, returns = compute_gae(
-                storage.rewards, storage.values[:-1], storage.dones[:-1], next_value, next_done, args.gamma, args.gae_lambda
-            )
-            obs = storage.obs[:-1].flatten(0, 1).to(device, non_blocking=True)
-            obs = obs.contiguous(memory_format=torch.channels_last)
-            actions, old_log_probs, old_values, advantages, returns = (
-                tensor.flatten().to(device, non_blocking=True)
-                for tensor in (storage.actions, storage.log_probs, storage.values[:-1], advantages, returns)
-            )
-            if device.type != "cpu":  # the workers computed on other hardware: the ratio has to start at exactly 1
-                with torch.no_grad():
-                    pairs = zip(obs.split(minibatch_size), actions.split(minibatch_size), strict=True)
-                    outputs = [agent.get_action_and_value(o, a) for o, a in pairs]
-                    old_log_probs, old_values = (torch.cat([output[i] for output in outputs]) for i in (1, 3))
-
-            # UPDATE
-            totals: dict[str, Tensor] = {}
-            num_updates = 0
-            for _ in range(args.update_epochs):
-                epoch_kl = 0.0
-                permutation = torch.randperm(batch_size, generator=shuffler).to(device)
-                for indices in permutation.split(minibatch_size):  # [core 6]
-                    _, log_prob, entropy, value = agent.get_action_and_value(obs[indices], actions[indices])
-                    loss, stats = ppo_loss(
-                        log_prob, entropy, value, old_log_probs[indices], old_values[indices],
-                        advantages[indices], returns[indices], args, ent_coef,
-                    )  # fmt: skip
-                    optimizer.zero_grad()
-                    loss.backward()
-                    if world_size > 1:
-                        average_gradients(agent)
-                    stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [core 11]
-                    optimizer.step()
-                    for tag, value in stats.items():
-                        totals[tag] = totals.get(tag, 0) + value
-                    num_updates += 1
-                    epoch_kl = stats["approx_kl"]
-                if args.target_kl is not None and all_mean(epoch_kl) > args.target_kl:
-                    break
-
-            # LOGGING
-            means = all_mean(torch.stack(list(totals.values())) / num_updates).tolist()
-            losses = {f"losses/{tag}": mean for tag, mean in zip(totals, means, strict=True)}
-            if not all(map(math.isfinite, means)):
-                raise RunError(f"iteration {iteration}: the loss is not finite; the last good checkpoint is kept")
-            games = [game for share, _ in played for game in share]
-            if world_size > 1:
-                everyone: list[Any] = [None] * world_size
-                dist.all_gather_object(everyone, games)
-                games = [game for share in everyone for game in share]
-            for t, _, score, length in sorted(games):
-                recent.append(score)
-                if run:
-                    at = step + (t + 1) * args.num_envs
-                    run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, at)
-            step = iteration * args.batch_size
-            if run:
-                spread = returns.var()
-                losses["losses/explained_variance"] = (1 - (returns - old_values).var() / spread).item() if spread > 0 else math.nan
-                seconds = time.perf_counter() - started
-                shares = {
-                    f"time/{kind}": float(np.mean([spent[kind] for _, spent in played])) / seconds
-                    for kind in ("environment", "inference")
-                }
-                shares["time/update"] = 1 - (rolled_out - started) / seconds
-                charts = {"charts/learning_rate": learning_rate, "charts/SPS": args.batch_size / seconds}
-                if args.ent_coef_final is not None:
-                    charts["charts/ent_coef"] = ent_coef
-                run.scalars(charts | losses | shares, step)
-            status.update(step, recent)
-
-            interval = args.eval_interval
-            if run and interval and args.eval_episodes and step // interval > (step - args.batch_size) // interval:
-                copy_weights(agent, actor)
-                evaluate_agent(args, actor, step, run)
-            if args.checkpoint_interval and iteration % args.checkpoint_interval == 0:
-                save()
-        save()
-        status.close()
-        if run and not stop.requested() and args.eval_episodes:
-            copy_weights(agent, actor)
-            evaluate_agent(args, actor, step, run)
-    finally:
-        status.close()
-        workers.close()
-        stop.restore()
-        if run:
-            run.attempt("TensorBoard events", run.writer.close)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if run and stop.requested():
-        print(f"stopped and saved at step {step:,}; to go on: python ppo_atari.py --resume {run.path}", flush=True)
-    return 128 + stop.number if stop.requested() else int(bool(run and run.failed))
-
-
-def open_run(args: argparse.Namespace, path: Path, step: int, device: torch.device) -> RunDirectory:
-    """Makes the run directory and, with --track, the Weights & Biases run that mirrors it."""
+def open_run(args: argparse.Namespace, device: torch.device, step: int) -> RunDirectory:
+    """Makes the run directory with args.json and, with --track, the Weights & Biases run that mirrors it."""
+    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    path = Path(args.resume or Path("runs") / name)
     if args.track:
         try:
             import wandb
         except ImportError:
             raise UsageError("--track needs Weights & Biases: pip install wandb") from None
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=args.wandb_name or path.name,
-                   id=path.name, resume="allow", config=flags_of(args), sync_tensorboard=True)  # fmt: skip
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": args.wandb_name or path.name}
+        wandb.init(**names, id=path.name, resume="allow", config=args.flags, sync_tensorboard=True)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    about = {
+        "flags": args.flags,
+        "versions": {module.__name__: module.__version__ for module in (ale_py, cv2, gym, np, torch)},
+        "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "device": str(device)},
+    }
     try:
         path.mkdir(parents=True, exist_ok=True)
-        args_json = json.dumps(describe_run(args, device), indent=1)
-        write_file(path / "args.json", args_json.encode())
+        write_file(path / "args.json", json.dumps(about, indent=1).encode())
         run = RunDirectory(path, step)
     except OSError as error:
         raise UsageError(f"cannot write to {path}: {error.strerror}") from None
@@ -1296,90 +1024,228 @@ def open_run(args: argparse.Namespace, path: Path, step: int, device: torch.devi
 
 
 def average_gradients(agent: Agent) -> None:
-    """Averages all gradients over the processes in one message."""
+    """Averages the gradients over all processes, in one message."""
     gradients = [parameter.grad for parameter in agent.parameters()]
-    flat = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
-class StopSignal:
-    """The first Ctrl-C or SIGTERM asks the training loop to end after this iteration; a second Ctrl-C ends it at once."""
+def gather(mine: Any) -> list[Any]:
+    """What each process contributes, in the order of ranks."""
+    everyone = [mine]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
-    def __init__(self):
-        self.number = 0
-        self.old = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def handle(self, number: int, frame: Any) -> None:
-        if self.number and number == signal.SIGINT:
+def train(args: argparse.Namespace) -> int:
+    """Trains. Returns the exit code: 0; 1 if a file could not be written; 130 or 143 if a signal ended it early."""
+    # SETUP
+    device = torch.device("cuda", args.local_rank) if args.cuda and torch.cuda.is_available() else torch.device("cpu")
+    if args.world_size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    num_envs = args.num_envs // args.world_size  # of this process, as these two
+    batch_size, minibatch_size = args.batch_size // args.world_size, args.minibatch_size // args.world_size
+    torch.manual_seed(args.seed)  # the same weights in every process
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    shuffler = torch.Generator().manual_seed(args.seed * 1000 + args.rank)
+    probe = make_env(args, "rgb_array")
+    first_obs, _ = probe.reset(seed=args.seed)
+    agent = Agent(probe.action_space.n, args.frame_stack, args.frame_size, args.shared_network, args.scale_obs)
+    agent.dtype = choose_dtype(args, torch.device("cpu"))
+    actor, storage = inference_copy(agent), Storage.allocate(args.num_steps, num_envs, first_obs.shape)
+    agent.to(device).dtype = choose_dtype(args, device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
+    iteration, recent = 0, deque(maxlen=100)  # recent: the scores of the last games
+    if args.resume:
+        checkpoint = load_file(
+            Path(args.resume, "checkpoint.pt"), "weights", "optimizer", "iteration", "ranks", "recent"
+        )
+        if len(checkpoint["ranks"]) != args.world_size:
+            raise UsageError(f"--resume: that run has {len(checkpoint['ranks'])} processes, not {args.world_size}")
+        agent.load_state_dict(checkpoint["weights"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        iteration, mine = checkpoint["iteration"], checkpoint["ranks"][args.rank]
+        recent.extend(checkpoint["recent"])
+        shuffler.set_state(mine["shuffler"])
+    step = iteration * args.batch_size
+    run = open_run(args, device, step) if args.rank == 0 else None
+    workers = Workers(args, actor, storage)
+    if args.resume:
+        storage.obs[-1], storage.dones[-1] = mine["obs"], mine["dones"]
+        workers.call("set_state", [mine["environments"][low:high] for low, high in workers.shares])
+    elif run:
+        run.attempt("TensorBoard events", run.describe, args, probe.render(), first_obs)
+    probe.close()
+
+    def save() -> None:
+        mine = {"environments": sum(workers.call("get_state"), []), "shuffler": shuffler.get_state()}
+        ranks = gather(mine | {"obs": storage.obs[-1].clone(), "dones": storage.dones[-1].clone()})
+        if run:
+            run.attempt("TensorBoard events", run.writer.flush)  # first, so that the curve reaches the checkpoint
+            content = {"weights": agent.state_dict(), "flags": args.flags, "step": step}
+            run.attempt("agent.pt", write_file, run.path / "agent.pt", content)
+            content |= {
+                "optimizer": optimizer.state_dict(),
+                "iteration": iteration,
+                "ranks": ranks,
+                "recent": list(recent),
+            }
+            run.attempt("checkpoint.pt", write_file, run.path / "checkpoint.pt", content)
+
+    stop = torch.zeros((), dtype=torch.int64)  # the number of the signal that asks for an end
+
+    def request_stop(number: int, frame: Any) -> None:
+        if stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = number
+        stop.fill_(number)
         print("\nfinishing this iteration, then saving (Ctrl-C again: stop at once)", file=sys.stderr, flush=True)
 
-    def requested(self) -> bool:
-        """Whether to stop; all processes of a distributed run answer alike, since one that left would hang the others."""
-        if dist.is_initialized():
-            number = torch.tensor(self.number)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.number = int(number)
-        return self.number > 0
+    old_handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    total, begun, printed = args.num_iterations * args.batch_size, (time.perf_counter(), step), time.perf_counter()
+    bar = tqdm(
+        total=total, initial=step, unit="steps", disable=None if run else True, dynamic_ncols=True
+    )  # needs a tty
 
-    def restore(self) -> None:
-        for number, handler in self.old.items():
+    try:
+        while iteration < args.num_iterations:
+            if dist.is_initialized():  # all processes stop together: one that left alone would hang the others
+                dist.all_reduce(stop, dist.ReduceOp.MAX)
+            if stop:
+                break
+            iteration += 1
+            started = time.perf_counter()
+            learning_rate, ent_coef = args.learning_rate, args.ent_coef
+            if args.anneal_lr:
+                learning_rate = anneal(args.learning_rate, 0, iteration, args.num_iterations)
+            if args.ent_coef_final is not None:
+                ent_coef = anneal(args.ent_coef, args.ent_coef_final, iteration, args.num_iterations)
+            optimizer.param_groups[0]["lr"] = learning_rate
+
+            # ROLLOUT
+            copy_weights(agent, actor)
+            played = workers.call("rollout")
+            rolled_out = time.perf_counter()
+
+            # ADVANTAGES
+            rewards, values, dones = storage.rewards, storage.values, storage.dones
+            advantages, returns = compute_gae(
+                rewards, values[:-1], dones[:-1], values[-1], dones[-1], args.gamma, args.gae_lambda
+            )
+            obs, actions, old_log_probs, old_values, advantages, returns = (
+                tensor.flatten(0, 1).to(device, non_blocking=True)
+                for tensor in (storage.obs[:-1], storage.actions, storage.log_probs, values[:-1], advantages, returns)
+            )
+            obs = obs.contiguous(memory_format=torch.channels_last)
+            if device.type != "cpu":  # the actor rounds differently: recompute, so that the ratio starts at exactly 1
+                with torch.no_grad():
+                    parts = [
+                        agent.get_action_and_value(*p)
+                        for p in zip(obs.split(minibatch_size), actions.split(minibatch_size), strict=True)
+                    ]
+                    old_log_probs, old_values = (torch.cat([part[i] for part in parts]) for i in (1, 3))
+
+            # UPDATE
+            totals = []
+            for _ in range(args.update_epochs):
+                for i in torch.randperm(batch_size, generator=shuffler).to(device).split(minibatch_size):  # [core 6]
+                    _, log_prob, entropy, value = agent.get_action_and_value(obs[i], actions[i])
+                    old = (old_log_probs[i], old_values[i], advantages[i], returns[i])
+                    loss, stats = ppo_loss(log_prob, entropy, value, *old, args, ent_coef)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    if args.world_size > 1:
+                        average_gradients(agent)
+                    stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [core 11]
+                    optimizer.step()
+                    totals.append(torch.stack(list(stats.values())))
+                if args.target_kl is not None and all_mean(stats["approx_kl"].clone()) > args.target_kl:
+                    break
+
+            # LOGGING
+            means = all_mean(torch.stack(totals).mean(0)).tolist()
+            if not all(map(math.isfinite, means)):
+                raise RunError(f"iteration {iteration}: the loss is not finite; the last checkpoint is kept")
+            for t, _, score, length in sorted(sum(gather(sum((games for games, _ in played), [])), [])):
+                recent.append(score)
+                if run:
+                    at = step + (t + 1) * args.num_envs
+                    run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, at)
+            step, now = iteration * args.batch_size, time.perf_counter()
+            if run:
+                scalars = {f"losses/{name}": mean for name, mean in zip(stats, means, strict=True)}
+                scalars["losses/explained_variance"] = float(1 - (returns - old_values).var() / returns.var())
+                scalars |= {"charts/learning_rate": learning_rate, "charts/ent_coef": ent_coef}
+                scalars["charts/SPS"] = args.batch_size / (now - started)
+                for work in ("environment", "inference"):
+                    scalars[f"time/{work}"] = float(np.mean([seconds[work] for _, seconds in played])) / (now - started)
+                scalars["time/update"] = (now - rolled_out) / (now - started)
+                run.scalars(scalars, step)
+                status = f"return {np.mean(recent):.1f}" if recent else "no game over yet"
+                bar.set_postfix_str(status, refresh=False)
+                bar.update(args.batch_size)
+                if bar.disable and now - printed >= 30:
+                    printed, speed = now, (step - begun[1]) / (now - begun[0])
+                    left = timedelta(seconds=round((total - step) / speed))
+                    print(f"step {step:,} of {total:,}, {status}, {speed:,.0f} steps/s, {left} left", flush=True)
+                due = args.eval_interval and step // args.eval_interval > (step - args.batch_size) // args.eval_interval
+                if due and args.eval_episodes and iteration < args.num_iterations:
+                    copy_weights(agent, actor)
+                    evaluate_agent(args, actor, step, run)
+            if (
+                args.checkpoint_interval
+                and iteration % args.checkpoint_interval == 0
+                and iteration < args.num_iterations
+            ):
+                save()
+        save()
+        bar.close()
+        if run and not stop and args.eval_episodes:
+            copy_weights(agent, actor)
+            evaluate_agent(args, actor, step, run)
+    finally:
+        bar.close()
+        workers.close()
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
-
-
-class Status:
-    """A line that is rewritten, on a terminal; a line every 30 seconds elsewhere."""
-
-    def __init__(self, args: argparse.Namespace, step: int, enabled: bool):
-        from tqdm import tqdm
-
-        self.enabled, self.total, self.first, self.started = enabled, args.num_iterations * args.batch_size, step, time.time()
-        self.printed = self.started
-        self.bar = tqdm(total=self.total, initial=step, unit=" steps", unit_scale=True, dynamic_ncols=True,
-                        disable=not (enabled and sys.stderr.isatty()))  # fmt: skip
-
-    def update(self, step: int, recent: deque) -> None:
-        score = f"return {np.mean(recent):.1f}" if recent else "no game over yet"
-        self.bar.set_postfix_str(score, refresh=False)
-        self.bar.update(step - self.bar.n)
-        now = time.time()
-        if self.enabled and self.bar.disable and now - self.printed >= 30:
-            speed = (step - self.first) / (now - self.started)
-            left = timedelta(seconds=round((self.total - step) / speed))
-            print(f"step {step:,} of {self.total:,}, {score}, {speed:,.0f} steps/s, {left} left", flush=True)
-            self.printed = now
-
-    def close(self) -> None:
-        self.bar.close()
+        if run:
+            run.attempt("TensorBoard events", run.writer.close)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if stop and run:
+        print(f"stopped and saved at step {step:,}; to go on: python ppo_atari.py --resume {run.path}", flush=True)
+    return 128 + int(stop) if stop else int(run is not None and run.failed)
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """--evaluate: the agent of a run directory or a file plays full games; with --play, it plays one in a window."""
     path = Path(args.evaluate)
     path = path / "agent.pt" if path.is_dir() else path
-    content = load_tensors(path, "weights", "flags")
-    of_the_stack = ("env_id", "noop_max", "frame_skip", "episodic_life", "fire_reset", "frame_size", "clip_reward",
-                    "frame_stack", "shared_network", "scale_obs", "repeat_action_probability")  # fmt: skip
+    content = load_file(path, "weights", "flags", "step")
+    stack = "env_id noop_max frame_skip episodic_life fire_reset frame_size clip_reward frame_stack shared_network"
     try:
-        vars(args).update({name: content["flags"][name] for name in of_the_stack if name not in args.given})
-        env = make_env(args)
-        agent = make_agent(args, int(env.action_space.n))
+        for name in (*stack.split(), "scale_obs", "repeat_action_probability"):
+            if name not in args.given:
+                setattr(args, name, content["flags"][name])
+        num_actions = make_env(args).action_space.n
+        agent = Agent(num_actions, args.frame_stack, args.frame_size, args.shared_network, args.scale_obs)
         agent.load_state_dict(content["weights"])
-    except (KeyError, TypeError, RuntimeError, AttributeError):
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise UsageError(f"the weights in {path} do not fit {args.env_id} and these flags") from None
     agent.dtype = choose_dtype(args, torch.device("cpu"))
     agent = inference_copy(agent)
     if args.play:
         (score, length), *_ = play_games(args, agent, 1, render_mode="human")
         print(f"score {score:g} in {length} steps")
-    elif args.eval_episodes:
-        run = RunDirectory(path.parent, 0)
-        evaluate_agent(args, agent, content.get("step", 0), run)
-        run.writer.close()
-        return int(run.failed)
-    return 0
+        return 0
+    run = RunDirectory(path.parent)
+    if args.eval_episodes:
+        evaluate_agent(args, agent, content["step"], run)
+    run.writer.close()
+    return int(run.failed)
 
 
 def play(args: argparse.Namespace) -> int:
@@ -1389,9 +1255,9 @@ def play(args: argparse.Namespace) -> int:
     except (ImportError, gym.error.DependencyNotInstalled):
         raise UsageError("--play needs pygame: pip install pygame") from None
     env = gym.make(args.env_id, frameskip=1, render_mode="rgb_array")
-    keys = env.unwrapped.get_keys_to_action()
     meanings = env.unwrapped.get_action_meanings()
-    print("keys:", ", ".join(f"{'+'.join('space' if k == ' ' else k for k in key)} {meanings[a]}" for key, a in keys.items()))
+    for keys, action in env.unwrapped.get_keys_to_action().items():
+        print(f"{' + '.join(keys).replace('   ', ' space ').replace('  ', ' space'):>12}  {meanings[action]}")
     play_in_window(env, fps=60, zoom=3, noop=find_action(env, "NOOP") or 0)
     return 0
 
@@ -1400,23 +1266,19 @@ def play(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program that the flags ask for and returns its exit code."""
+    """Runs the program that the flags ask for and returns its exit code: 0, 1, 2, 130 or 143."""
     args = parse_args(argv)
+    program = evaluate if args.evaluate else play if args.play else train
     try:
-        if args.evaluate:
-            return evaluate(args)
-        return play(args) if args.play else train(args)
-    except UsageError as error:
+        return program(args)
+    except (UsageError, RunError) as error:
         print(f"ppo_atari.py: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("ppo_atari.py: stopped at once; what was saved before is kept", file=sys.stderr)
         return 130
-    except RunError as error:
-        print(f"ppo_atari.py: {error}", file=sys.stderr)
-        return 1
     except Exception as error:
-        print(f"ppo_atari.py: failed: {error.__class__.__name__}: {error}", file=sys.stderr)
+        print(f"ppo_atari.py: error: {error.__class__.__name__}: {error}", file=sys.stderr)
         traceback.print_exc()
         return 1
 
