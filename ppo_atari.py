@@ -27,7 +27,7 @@ It follows "Proximal Policy Optimization Algorithms" (Schulman et al., 2017) wit
 [atari 1] to [atari 9]. A step is one decision of the agent, which is four emulator frames.
 
 Sections, each using only what stands above it: 1 arguments, 2 environment (the seven wrappers), 3 agent (the
-Nature-CNN), 4 rollout (policy, step, store, and the processes that run it), 5 PPO (advantages and loss), 6 run directory
+Nature-CNN), 4 rollout (policy, step, store, and the worker processes), 5 PPO (advantages and loss), 6 run directory
 (checkpoints, TensorBoard, videos), 7 programs (train, evaluate, play), 8 entry.
 """
 
@@ -47,7 +47,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -109,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     probability = number(float, 0, 1, "a number from 0 to 1")
     positive = number(float, sys.float_info.min, sys.float_info.max, "a finite number above 0")
     weight = number(float, 0, sys.float_info.max, "a finite number of at least 0")
-    formatter = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=40, width=119)
+    formatter = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=40, width=119)
     parser = argparse.ArgumentParser("ppo_atari.py", None, __doc__.split("\n")[0], formatter_class=formatter)
     parser.print_usage = lambda file=None: None  # a mistake is answered with one line
 
@@ -244,7 +246,7 @@ def check_env_id(env_id: str) -> None:
     try:
         spec = gym.spec(env_id)
     except (gym.error.Error, ImportError, ValueError):
-        games = [spec.id for spec in gym.registry.values() if spec.entry_point == "ale_py.env:AtariEnv"]
+        games = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
         near = difflib.get_close_matches(env_id, games, n=3, cutoff=0.4) or ["ALE/Breakout-v5", "PongNoFrameskip-v4"]
         raise UsageError(f"--env-id {env_id!r} is unknown; did you mean {' or '.join(near)}?") from None
     if spec.entry_point != "ale_py.env:AtariEnv":
@@ -318,7 +320,7 @@ class MaxAndSkipEnv(gym.Wrapper):
 
 
 class EpisodicLifeEnv(gym.Wrapper):
-    """[atari 3] Ends the episode when a life is lost; resets the emulator only when the game is over (Mnih et al., 2015).
+    """[atari 3] Ends the episode when a life is lost, but resets only when the game is over (Mnih et al., 2015).
 
     After a lost life, reset() goes on in the same game with one step of doing nothing. reset(seed=...) always starts a
     new game. A counter that falls to 0 is no lost life: some games (Q*bert) show 0 for a while before they end.
@@ -355,7 +357,7 @@ class FireResetEnv(gym.Wrapper):
 
 
 class WarpFrame(gym.ObservationWrapper):
-    """[atari 5] RGB screen [H, W, 3] to luminance, then to [size, size] by area averaging, uint8 (Mnih et al., 2015)."""
+    """[atari 5] RGB screen [H, W, 3] to luminance, then to uint8 [size, size] by area averaging (Mnih et al., 2015)."""
 
     def __init__(self, env: gym.Env, size: int = 84):
         super().__init__(env)
@@ -396,8 +398,8 @@ class FrameStack(gym.Wrapper):
 def make_env(args: argparse.Namespace, render_mode: str | None = None) -> gym.Env:
     """The full stack, in openai/baselines' order: every program here plays through it.
 
-    Observations are uint8 [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"} appears once per game,
-    when it is really over: return before clipping, length in steps, seconds. Raises UsageError for an unsuitable env_id.
+    Observations are uint8 [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"} appears once per
+    game, when it is really over: return before clipping, length in steps, seconds. Raises UsageError for a bad env_id.
     """
     check_env_id(args.env_id)
     # frameskip=1, always: beneath MaxAndSkipEnv, the -v5 ids would skip 4 frames more and the -v4 ids 2 to 4.
@@ -563,7 +565,7 @@ Game = tuple[int, int, float, int]  # the step of a rollout in which it ended, e
 
 
 class Storage(NamedTuple):
-    """One rollout of T steps in N environments, in shared memory. Row T holds what comes next: row 0 of the next rollout.
+    """One rollout of T steps in N environments, in shared memory. Row T becomes row 0 of the next rollout.
 
     dones[t] is 1 where observation t starts a new episode; log_probs and values are the acting policy's.
     """
@@ -589,8 +591,8 @@ class Storage(NamedTuple):
 def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """action, log_prob and value [B] for any B, computed in batches of one fixed size.
 
-    Matrix kernels differ in the last bit from one batch size to another. With the size fixed, it makes no difference how
-    many workers share the environments.
+    Matrix kernels differ in the last bit from one batch size to another. With the size fixed, it makes no difference
+    how many workers share the environments.
     """
     parts = []
     for o, u in zip(obs.split(batch), uniform.split(batch), strict=True):
@@ -712,10 +714,8 @@ class Workers:
         if self.local:
             return [getattr(self.local, method)(*(values[0] for values in lists))]
         for pipe, *values in zip(self.pipes, *lists, strict=True):
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # answers() finds out who died
                 pipe.send((method, values))
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # answers() finds out who died
         return self.answers()
 
     def answers(self) -> list[Any]:
@@ -905,7 +905,7 @@ class RunDirectory:
         self.writer.add_image(tag, np.concatenate([screen, *frames], axis=1), step, dataformats="HWC")
 
     def video(self, frames: list[np.ndarray], step: int, fps: int) -> None:
-        """RGB frames [H, W, 3] as videos/<step>.webm (VP8, which browsers play) and as a GIF in TensorBoard's Images."""
+        """RGB frames [H, W, 3] as videos/<step>.webm (VP8, which browsers play) and as a GIF in the Images tab."""
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -1224,7 +1224,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """--evaluate: the agent of a run directory or a file plays full games; with --play, it plays one in a window."""
     path = Path(args.evaluate)
     path = path / "agent.pt" if path.is_dir() else path
-    content = load_file(path, "weights", "flags", "step")
+    content = load_file(path, "weights", "flags")
     stack = "env_id noop_max frame_skip episodic_life fire_reset frame_size clip_reward frame_stack shared_network"
     try:
         for name in (*stack.split(), "scale_obs", "repeat_action_probability"):
@@ -1243,7 +1243,7 @@ def evaluate(args: argparse.Namespace) -> int:
         return 0
     run = RunDirectory(path.parent)
     if args.eval_episodes:
-        evaluate_agent(args, agent, content["step"], run)
+        evaluate_agent(args, agent, content.get("step", 0), run)
     run.writer.close()
     return int(run.failed)
 
