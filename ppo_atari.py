@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, starmap
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -446,7 +446,7 @@ def set_env_state(env: gym.Env, state: dict[str, Any]) -> None:
     env.unwrapped.ale.reset_game()
     env.unwrapped.ale.restoreState(ale_py.ALEState(state["emulator"]))
     env.unwrapped.np_random.bit_generator.state = state["np_random"]
-    for (wrapper, name), value in zip(wrapper_state(env), state["wrappers"], strict=True):
+    for (wrapper, name), value in zip(wrapper_state(env), state["wrappers"]):
         setattr(wrapper, name, value.numpy().copy() if isinstance(value, Tensor) else value)
 
 
@@ -555,7 +555,7 @@ def inference_copy(agent: Agent) -> Agent:
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copies all parameters, rounding to the target's precision."""
-    for old, new in zip(target.parameters(), source.parameters(), strict=True):
+    for old, new in zip(target.parameters(), source.parameters()):
         old.copy_(new)
 
 
@@ -581,7 +581,7 @@ class Storage(NamedTuple):
     def allocate(T: int, N: int, obs_shape: tuple[int, ...]) -> "Storage":
         shapes = ((T + 1, N, *obs_shape), (T + 1, N), (T + 1, N), (T, N), (T, N), (T, N))
         dtypes = (torch.uint8, torch.float32, torch.float32, torch.int64, torch.float32, torch.float32)
-        return Storage(*(torch.zeros(s, dtype=d).share_memory_() for s, d in zip(shapes, dtypes, strict=True)))
+        return Storage(*(torch.zeros(s, dtype=d).share_memory_() for s, d in zip(shapes, dtypes)))
 
     def columns(self, low: int, high: int) -> "Storage":
         """A view of environments low to high - 1."""
@@ -595,12 +595,12 @@ def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> tuple[Tensor,
     how many workers share the environments.
     """
     parts = []
-    for o, u in zip(obs.split(batch), uniform.split(batch), strict=True):
+    for o, u in zip(obs.split(batch), uniform.split(batch)):
         if len(o) < batch:
             o, u = (torch.cat([x, x[:1].expand(batch - len(x), *x.shape[1:])]) for x in (o, u))
         action, log_prob, _, value = agent.get_action_and_value(o, uniform=u)
         parts.append((action, log_prob, value))
-    return tuple(torch.cat(part)[: len(obs)] for part in zip(*parts, strict=True))
+    return tuple(torch.cat(part)[: len(obs)] for part in zip(*parts))
 
 
 @torch.inference_mode()
@@ -660,11 +660,11 @@ class Player:
         return [(t, i + self.low, *score) for t, i, *score in games], seconds
 
     def get_state(self) -> list[dict[str, Any]]:
-        pairs = zip(self.envs.envs, self.generators, strict=True)
+        pairs = zip(self.envs.envs, self.generators)
         return [get_env_state(env) | {"generator": generator.bit_generator.state} for env, generator in pairs]
 
     def set_state(self, states: list[dict[str, Any]]) -> None:
-        for env, generator, state in zip(self.envs.envs, self.generators, states, strict=True):
+        for env, generator, state in zip(self.envs.envs, self.generators, states):
             set_env_state(env, state)
             generator.bit_generator.state = state["generator"]
 
@@ -713,7 +713,7 @@ class Workers:
         """Calls a method of every Player at once; each list holds one argument per share of the environments."""
         if self.local:
             return [getattr(self.local, method)(*(values[0] for values in lists))]
-        for pipe, *values in zip(self.pipes, *lists, strict=True):
+        for pipe, *values in zip(self.pipes, *lists):
             with suppress(BrokenPipeError, ConnectionResetError):  # answers() finds out who died
                 pipe.send((method, values))
         return self.answers()
@@ -940,18 +940,14 @@ def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 def play_games(
-    args: argparse.Namespace,
-    agent: Agent | None,
-    num_games: int,
-    film: list | None = None,
-    render_mode: str | None = None,
+    args: argparse.Namespace, agent: Agent | None, num_games: int, film: list | None = None, mode: str | None = None
 ) -> list[tuple[float, int]]:
     """Plays full games side by side, through all lives; agent=None plays at random. Returns (score, length) of each.
 
     The stack is that of training: an agent for whom FIRE was pressed has never learned to press it. film collects
     (screen, observation) of the first game's first 5 minutes.
     """
-    envs = [make_env(args, render_mode) for _ in range(num_games)]
+    envs = [make_env(args, mode) for _ in range(num_games)]
     generators = [np.random.default_rng([args.seed, 2**31, i]) for i in range(num_games)]
     obs = [env.reset(seed=args.seed + 2**31 + i)[0] for i, env in enumerate(envs)]
     results: dict[int, tuple[float, int]] = {}
@@ -960,11 +956,10 @@ def play_games(
         if agent is None:
             actions = (uniform * envs[0].action_space.n).long()
         else:
+            batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
             with torch.inference_mode():
-                actions = agent.get_action_and_value(
-                    torch.from_numpy(np.stack([obs[i] for i in playing])), None, uniform
-                )[0]
-        for i, action in zip(playing, actions.tolist(), strict=True):
+                actions, *_ = agent.get_action_and_value(batch, None, uniform)
+        for i, action in zip(playing, actions.tolist()):
             obs[i], _, terminated, truncated, info = envs[i].step(action)
             if film is not None and i == 0 and len(film) < 5 * 60 * 60 / args.frame_skip:
                 film.append((envs[0].unwrapped.ale.getScreenRGB(), obs[0]))
@@ -980,8 +975,8 @@ def play_games(
 def evaluate_agent(args: argparse.Namespace, agent: Agent, step: int, run: RunDirectory) -> None:
     """Plays --eval-episodes games, prints and logs their scores beside a random policy's, and writes eval.json."""
     film = [] if args.capture_video else None
-    scores, lengths = zip(*play_games(args, agent, args.eval_episodes, film), strict=True)
-    random_scores, _ = zip(*play_games(args, None, args.eval_episodes), strict=True)
+    scores, lengths = zip(*play_games(args, agent, args.eval_episodes, film))
+    random_scores, _ = zip(*play_games(args, None, args.eval_episodes))
     mean, std, random_mean = float(np.mean(scores)), float(np.std(scores)), float(np.mean(random_scores))
     print(f"evaluation at step {step:,}: {' '.join(f'{score:g}' for score in scores)}")
     print(f"mean {mean:.2f} ± {std:.2f} over {len(scores)} full games; a random policy: {random_mean:.2f}", flush=True)
@@ -990,7 +985,7 @@ def evaluate_agent(args: argparse.Namespace, agent: Agent, step: int, run: RunDi
     run.scalars({"eval/episodic_return": mean, "eval/episodic_length": float(np.mean(lengths))}, step)
     run.attempt("eval.json", write_file, run.path / "eval.json", json.dumps(result, indent=1).encode())
     if film:
-        screens, observations = zip(*film, strict=True)
+        screens, observations = zip(*film)
         run.attempt("the video", run.video, screens, step, round(60 / args.frame_skip))
         run.observation("eval/observation", screens[len(film) // 2], observations[len(film) // 2], step)
 
@@ -1027,7 +1022,7 @@ def average_gradients(agent: Agent) -> None:
     """Averages the gradients over all processes, in one message."""
     gradients = [parameter.grad for parameter in agent.parameters()]
     mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
         gradient.copy_(part.view_as(gradient))
 
 
@@ -1061,16 +1056,16 @@ def train(args: argparse.Namespace) -> int:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
     iteration, recent = 0, deque(maxlen=100)  # recent: the scores of the last games
     if args.resume:
-        checkpoint = load_file(
-            Path(args.resume, "checkpoint.pt"), "weights", "optimizer", "iteration", "ranks", "recent"
-        )
-        if len(checkpoint["ranks"]) != args.world_size:
-            raise UsageError(f"--resume: that run has {len(checkpoint['ranks'])} processes, not {args.world_size}")
-        agent.load_state_dict(checkpoint["weights"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        iteration, mine = checkpoint["iteration"], checkpoint["ranks"][args.rank]
-        recent.extend(checkpoint["recent"])
+        saved = load_file(Path(args.resume, "checkpoint.pt"), "weights", "optimizer", "iteration", "ranks", "recent")
+        if len(saved["ranks"]) != args.world_size:
+            raise UsageError(f"--resume: that run has {len(saved['ranks'])} processes, not {args.world_size}")
+        agent.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        iteration, mine = saved["iteration"], saved["ranks"][args.rank]
+        recent.extend(saved["recent"])
         shuffler.set_state(mine["shuffler"])
+        if args.total_timesteps != saved["flags"]["total_timesteps"] and args.rank == 0:
+            print(f"the run is now {args.total_timesteps:,} steps long, and the annealing follows", flush=True)
     step = iteration * args.batch_size
     run = open_run(args, device, step) if args.rank == 0 else None
     workers = Workers(args, actor, storage)
@@ -1091,8 +1086,8 @@ def train(args: argparse.Namespace) -> int:
             content |= {
                 "optimizer": optimizer.state_dict(),
                 "iteration": iteration,
-                "ranks": ranks,
                 "recent": list(recent),
+                "ranks": ranks,
             }
             run.attempt("checkpoint.pt", write_file, run.path / "checkpoint.pt", content)
 
@@ -1106,9 +1101,7 @@ def train(args: argparse.Namespace) -> int:
 
     old_handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     total, begun, printed = args.num_iterations * args.batch_size, (time.perf_counter(), step), time.perf_counter()
-    bar = tqdm(
-        total=total, initial=step, unit="steps", disable=None if run else True, dynamic_ncols=True
-    )  # needs a tty
+    bar = tqdm(total=total, initial=step, unit="steps", disable=None if run else True)  # None: only on a terminal
 
     try:
         while iteration < args.num_iterations:
@@ -1132,9 +1125,8 @@ def train(args: argparse.Namespace) -> int:
 
             # ADVANTAGES
             rewards, values, dones = storage.rewards, storage.values, storage.dones
-            advantages, returns = compute_gae(
-                rewards, values[:-1], dones[:-1], values[-1], dones[-1], args.gamma, args.gae_lambda
-            )
+            next_ = (values[-1], dones[-1])
+            advantages, returns = compute_gae(rewards, values[:-1], dones[:-1], *next_, args.gamma, args.gae_lambda)
             obs, actions, old_log_probs, old_values, advantages, returns = (
                 tensor.flatten(0, 1).to(device, non_blocking=True)
                 for tensor in (storage.obs[:-1], storage.actions, storage.log_probs, values[:-1], advantages, returns)
@@ -1142,11 +1134,8 @@ def train(args: argparse.Namespace) -> int:
             obs = obs.contiguous(memory_format=torch.channels_last)
             if device.type != "cpu":  # the actor rounds differently: recompute, so that the ratio starts at exactly 1
                 with torch.no_grad():
-                    parts = [
-                        agent.get_action_and_value(*p)
-                        for p in zip(obs.split(minibatch_size), actions.split(minibatch_size), strict=True)
-                    ]
-                    old_log_probs, old_values = (torch.cat([part[i] for part in parts]) for i in (1, 3))
+                    pairs = zip(obs.split(minibatch_size), actions.split(minibatch_size))
+                    _, old_log_probs, _, old_values = map(torch.cat, zip(*starmap(agent.get_action_and_value, pairs)))
 
             # UPDATE
             totals = []
@@ -1176,7 +1165,7 @@ def train(args: argparse.Namespace) -> int:
                     run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, at)
             step, now = iteration * args.batch_size, time.perf_counter()
             if run:
-                scalars = {f"losses/{name}": mean for name, mean in zip(stats, means, strict=True)}
+                scalars = {f"losses/{name}": mean for name, mean in zip(stats, means)}
                 scalars["losses/explained_variance"] = float(1 - (returns - old_values).var() / returns.var())
                 scalars |= {"charts/learning_rate": learning_rate, "charts/ent_coef": ent_coef}
                 scalars["charts/SPS"] = args.batch_size / (now - started)
@@ -1195,11 +1184,7 @@ def train(args: argparse.Namespace) -> int:
                 if due and args.eval_episodes and iteration < args.num_iterations:
                     copy_weights(agent, actor)
                     evaluate_agent(args, actor, step, run)
-            if (
-                args.checkpoint_interval
-                and iteration % args.checkpoint_interval == 0
-                and iteration < args.num_iterations
-            ):
+            if args.checkpoint_interval and iteration % args.checkpoint_interval == 0:
                 save()
         save()
         bar.close()
@@ -1238,7 +1223,7 @@ def evaluate(args: argparse.Namespace) -> int:
     agent.dtype = choose_dtype(args, torch.device("cpu"))
     agent = inference_copy(agent)
     if args.play:
-        (score, length), *_ = play_games(args, agent, 1, render_mode="human")
+        (score, length), *_ = play_games(args, agent, 1, mode="human")
         print(f"score {score:g} in {length} steps")
         return 0
     run = RunDirectory(path.parent)
