@@ -1,0 +1,118 @@
+"""How the tests run the script as a user does, in processes of its own, and look at what it leaves behind."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo_atari
+
+SCRIPT = Path(ppo_atari.__file__).resolve()
+
+
+def start(*argv: Any, cwd: Path, program: tuple = (SCRIPT,), **env: str) -> subprocess.Popen:
+    """Starts the script in a session of its own, with one thread; its output goes to cwd/log."""
+    with open(cwd / "log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, *map(str, program + argv)], cwd=cwd, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        )  # fmt: skip
+
+
+def _forked(cwd: Path, argv: list[str]) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    sys.exit(ppo_atari.main(argv))
+
+
+def fork(*argv: Any, cwd: Path) -> multiprocessing.process.BaseProcess:
+    """The same as start, without the seconds that the imports take: from a server that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ppo_atari", "torch.utils.tensorboard"])
+    process = context.Process(target=_forked, args=(cwd, list(map(str, argv))))
+    with pytest.MonkeyPatch.context() as patch:  # the server does not learn this process' sys.path
+        patch.setenv("PYTHONPATH", str(SCRIPT.parent))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        process.start()
+    return process
+
+
+def finish(process: Any, timeout: float = 300) -> int:
+    """Waits for either kind of process and returns its exit code."""
+    if isinstance(process, subprocess.Popen):
+        return process.wait(timeout)
+    process.join(timeout)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+def wait_for(condition: Any, timeout: float = 120) -> None:
+    """Waits until the condition holds; fails if it never does."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def living(session: int) -> list[int]:
+    """The processes of a session that are still there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(its_session) == session and state not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+def run_directory(cwd: Path) -> Path:
+    """The one run below cwd/runs."""
+    (run,) = (cwd / "runs").iterdir()
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "agent.pt", weights_only=True)["weights"]
+
+
+def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether all tensors are equal, bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The (step, value) pairs of each curve, as TensorBoard shows them; without those that measure time."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS" and not tag.startswith("time/")]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def here(capfd: Any, *argv: Any) -> tuple[int, str, str]:
+    """Runs the script in this process: exit code, standard output, standard error."""
+    capfd.readouterr()
+    try:
+        code = ppo_atari.main(list(map(str, argv)))
+    except SystemExit as error:
+        code = error.code
+    return code, *capfd.readouterr()
+
+
+def refusal(capfd: Any, *argv: Any) -> str:
+    """Runs the script in this process, which has to end with exit code 2 and one line on standard error."""
+    code, _, error = here(capfd, *argv)
+    assert code == 2, error
+    assert error.count("\n") == 1 and len(error) > 20, error
+    return error
