@@ -1105,9 +1105,11 @@ def train(args: argparse.Namespace) -> int:
 
     try:
         while iteration < args.num_iterations:
+            agreed = stop.clone()  # a copy: a signal that comes during the message must wait for the next one
             if dist.is_initialized():  # all processes stop together: one that left alone would hang the others
-                dist.all_reduce(stop, dist.ReduceOp.MAX)
-            if stop:
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            if agreed:
+                stop.copy_(agreed)
                 break
             iteration += 1
             started = time.perf_counter()

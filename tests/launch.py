@@ -57,12 +57,12 @@ def finish(process: Any, timeout: float = 300) -> int:
     return process.exitcode
 
 
-def wait_for(condition: Any, timeout: float = 120) -> None:
+def wait_for(condition: Any, timeout: float = 120, pause: float = 0.01) -> None:
     """Waits until the condition holds; fails if it never does."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def living(session: int) -> list[int]:

@@ -1,0 +1,171 @@
+"""Two processes under torchrun train one agent, and do what one process would do."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import SCRIPT, curves, finish, living, refusal, run_directory, same_weights, start, wait_for, weights
+
+STEPS, ENVS, ITERATIONS = 300, 4, 4
+FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-envs", ENVS, "--num-steps", STEPS, "--frame-size", 36,
+         "--total-timesteps", STEPS * ENVS * ITERATIONS, "--num-minibatches", 1, "--update-epochs", 2,
+         "--num-workers", 0, "--eval-episodes", 0, "--inference-batch", 2, "--precision", "float32",
+         "--checkpoint-interval", 1]  # fmt: skip
+
+DRIVER = """
+import hashlib, json, os, sys
+import torch
+sys.path.insert(0, sys.argv.pop(1))
+import ppo_atari
+
+rank, after, seen, first = os.environ.get("RANK", "0"), [], [], {}
+step, ppo_loss = torch.optim.Adam.step, ppo_atari.ppo_loss
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
+
+def watched_step(optimizer, *args, **kwargs):
+    result = step(optimizer, *args, **kwargs)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    after.append(digest(parameters))
+    if len(after) == 2:  # the first iteration has two epochs of one minibatch
+        torch.save([p.detach().clone() for p in parameters], f"first{rank}.pt")
+    return result
+
+def watched_loss(log_prob, entropy, value, old_log_prob, *args):
+    seen.append(digest([old_log_prob]))
+    return ppo_loss(log_prob, entropy, value, old_log_prob, *args)
+
+torch.optim.Adam.step, ppo_atari.ppo_loss = watched_step, watched_loss
+code = ppo_atari.main(sys.argv[1:])
+with open(f"rank{rank}.json", "w") as file:
+    json.dump({"after": after, "seen": seen}, file)
+sys.exit(code)
+"""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def watched(cwd: Path, *launcher: str) -> Path:
+    """A whole run whose weights and data are written down in each process; returns the run directory."""
+    (cwd / "driver.py").write_text(DRIVER)
+    program = (*launcher, cwd / "driver.py", SCRIPT.parent)
+    assert finish(start(*FLAGS, cwd=cwd, program=program)) == 0, (cwd / "log").read_text()
+    return run_directory(cwd)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A run of two processes that nothing interrupts."""
+    return watched(tmp_path_factory.mktemp("pair"), *TORCHRUN)
+
+
+def ranks(session: int) -> dict[int, int]:
+    """The process ids of the ranks that torchrun has started below the process `session`, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            environment = (path.parent / "environ").read_bytes()
+        except OSError:
+            continue
+        if parent == session and (rank := re.search(rb"(?:^|\0)RANK=(\d+)\0", environment)):
+            found[int(rank[1])] = int(path.parent.name)
+    return found
+
+
+def test_ranks_agree_after_every_step(pair):
+    """Two processes see different games, and their weights are bit-identical after each optimizer step."""
+    first, second = (json.loads((pair.parent.parent / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["after"] == second["after"]
+    assert len(set(first["after"])) == 2 * ITERATIONS
+    assert not set(first["seen"]) & set(second["seen"])
+
+
+def test_rank_0_alone_writes_and_speaks(pair):
+    """One run directory, announced once, and each loss once per iteration in the curves."""
+    assert (pair.parent.parent / "log").read_text().count("run directory") == 1
+    assert len(list(pair.glob("events.out.tfevents.*"))) == 1
+    steps = [STEPS * ENVS * (i + 1) for i in range(ITERATIONS)]
+    assert [step for step, _ in curves(pair)["losses/value_loss"]] == steps
+
+
+def test_two_ranks_do_what_one_process_does(pair, tmp_path):
+    """On the same data, in two halves or in one piece: the same update, up to rounding, and the same games."""
+    single = watched(tmp_path)
+    whole = torch.load(tmp_path / "first0.pt")
+    halves = torch.load(pair.parent.parent / "first0.pt")
+    differences = [float((a - b).abs().max()) for a, b in zip(whole, halves, strict=True)]
+    assert max(differences) < 2e-5, differences  # two steps of Adam move each weight by up to 5e-4
+    one, two = curves(single), curves(pair)
+    games = [[game for game in run["charts/episodic_return"] if game[0] <= STEPS * ENVS] for run in (one, two)]
+    assert games[0] == games[1]
+    assert len(games[0]) >= 2
+    for name in ("policy_loss", "value_loss", "entropy", "approx_kl"):
+        first, second = (run[f"losses/{name}"][0] for run in (one, two))
+        assert first == pytest.approx(second, rel=1e-3, abs=1e-6), name
+
+
+def test_rank_that_dies_takes_the_run_down(pair, tmp_path):
+    """kill -9 of one of two ranks: both end within a minute, with a message; resumed, the run ends as the whole one."""
+    process = start(*FLAGS, cwd=tmp_path, program=(*TORCHRUN, SCRIPT))
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+    pids = ranks(process.pid)
+    assert set(pids) == {0, 1}
+    os.kill(pids[1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert finish(process, 60) not in (0, None)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.values()), 60 - (time.monotonic() - killed))
+    assert re.search(r"(?i)rank\W.*1|SIGKILL", (tmp_path / "log").read_text())
+    run = run_directory(tmp_path)
+    assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
+    program = (*TORCHRUN, SCRIPT)
+    assert finish(start("--resume", run, cwd=tmp_path, program=program)) == 0, (tmp_path / "log").read_text()
+    assert same_weights(weights(run), weights(pair))
+    got, expected = curves(run), curves(pair)
+    assert {tag: [step for step, _ in got[tag]] for tag in got} == {
+        tag: [s for s, _ in expected[tag]] for tag in expected
+    }
+
+
+def test_another_number_of_processes_is_refused(pair, tmp_path, capfd):
+    """A run of two processes cannot go on in one."""
+    run = shutil.copytree(pair, tmp_path / "run")
+    assert re.search(
+        "2 processes", refusal(capfd, "--resume", run, "--total-timesteps", 10 * STEPS * ENVS * ITERATIONS)
+    )
+
+
+@pytest.mark.parametrize("flags", [["--num-envs", 3], ["--num-envs", 2, "--num-steps", 3, "--num-minibatches", 2]])
+def test_uneven_split_is_refused(flags, monkeypatch, capfd, tmp_path):
+    """Environments, and minibatches, that two processes cannot share evenly: one line, before anything starts."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    error = refusal(capfd, *flags)
+    assert flags[-2] in error and "2" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_signal_to_one_rank_stops_both(pair, tmp_path):
+    """SIGINT that reaches rank 1 only: both end after the same iteration, saved, with 130; and the run can go on."""
+    # Without torchrun between, to see the exit codes of the ranks.
+    port = "29" + str(os.getpid())[-3:].zfill(3)
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [start(*FLAGS, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+    both[1].send_signal(signal.SIGINT)
+    assert [finish(process, 60) for process in both] == [130, 130], (tmp_path / "log").read_text()
+    assert not living(both[0].pid) and not living(both[1].pid)
+    log = (tmp_path / "log").read_text()
+    assert log.count("--resume") == 1, log
+    run = run_directory(tmp_path)
+    assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
+    both = [start("--resume", run, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
+    assert [finish(process) for process in both] == [0, 0], (tmp_path / "log").read_text()
+    assert same_weights(weights(run), weights(pair))

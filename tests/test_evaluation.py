@@ -1,0 +1,254 @@
+"""See it: evaluation, videos, TensorBoard, playing and tracking."""
+
+import io
+import json
+import re
+import shutil
+import sys
+from contextlib import chdir
+from pathlib import Path
+
+import ale_py
+import cv2
+import numpy as np
+import pytest
+import torch
+from launch import curves, finish, here, refusal, run_directory, same_weights, start, weights
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo_atari
+
+GAME = "ALE/SpaceInvaders-v5"  # short games, rewards of 5 to 30 points, colours
+TRAIN = ["--env-id", GAME, "--num-envs", "2", "--num-steps", "16", "--frame-size", "36", "--num-workers", "0",
+         "--total-timesteps", "96", "--update-epochs", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of a finished run of three iterations without any evaluation."""
+    torch.set_num_threads(1)  # as for the tests, which come later
+    with chdir(tmp_path_factory.mktemp("trained")):
+        assert ppo_atari.main([*TRAIN, "--eval-episodes", "0"]) == 0
+        return run_directory(Path.cwd())
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy to write into."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def images(run: Path) -> list[Image.Image]:
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    found = [image for tag in events.Tags()["images"] for image in events.Images(tag)]
+    return [Image.open(io.BytesIO(image.encoded_image_string)) for image in found]
+
+
+def test_evaluation_is_reproducible(run, capfd):
+    """The same seed gives the same games, from the run directory and from the file; another seed gives other games."""
+    results = []
+    for argv in ([run], [run / "agent.pt"], [run, "--seed", 2]):
+        code, out, error = here(capfd, "--evaluate", *argv, "--eval-episodes", 3)
+        assert code == 0, error
+        results.append(json.loads((run / "eval.json").read_text()))
+    first, again, other = results
+    assert first == again
+    assert (first["scores"], first["lengths"]) != (other["scores"], other["lengths"])
+    assert [first["env_id"], first["seed"], first["step"], len(first["scores"])] == [GAME, 1, 96, 3]
+    assert first["mean"] == pytest.approx(np.mean(first["scores"]))
+    assert first["std"] == pytest.approx(np.std(first["scores"]))
+    assert first["random_mean"] == pytest.approx(np.mean(first["random_scores"]))
+    for number in (*other["scores"], other["mean"], other["std"], other["random_mean"]):  # of the last call
+        assert f"{number:g}" in out or f"{number:.2f}" in out or f"{number:.1f}" in out, (number, out)
+
+
+def test_score_is_the_emulators(run, capfd, monkeypatch):
+    """Each score is the sum of what the emulator itself paid, unclipped, from its last reset to the real game over."""
+    paid, emulators = {}, []
+    act, reset_game = ale_py.ALEInterface.act, ale_py.ALEInterface.reset_game
+
+    def counting_reset(ale):
+        if not any(ale is other for other in emulators):
+            emulators.append(ale)
+        paid[id(ale)] = []
+        reset_game(ale)
+
+    def counting_act(ale, *args):
+        reward = act(ale, *args)
+        paid[id(ale)].append(reward)
+        return reward
+
+    monkeypatch.setattr(ale_py.ALEInterface, "reset_game", counting_reset)
+    monkeypatch.setattr(ale_py.ALEInterface, "act", counting_act)
+    assert here(capfd, "--evaluate", run, "--eval-episodes", 2)[0] == 0
+    result = json.loads((run / "eval.json").read_text())
+    played = [ale for ale in emulators if len(paid[id(ale)]) > 100]
+    assert all(ale.game_over(with_truncation=False) and ale.lives() == 0 for ale in played)
+    assert sorted(sum(paid[id(ale)]) for ale in played) == sorted(result["scores"] + result["random_scores"])
+    rewards = np.concatenate([paid[id(ale)] for ale in played])
+    assert rewards.sum() > np.sign(rewards).sum() > 0  # or clipping would have made no difference
+
+
+def test_evaluating_leaves_no_trace_on_training(trained, tmp_path, monkeypatch, capfd):
+    """The weights are bit for bit those of a run that never evaluates; the scores are in the curves where asked for."""
+    monkeypatch.chdir(tmp_path)
+    code, _, error = here(capfd, *TRAIN, "--eval-interval", 64, "--eval-episodes", 1)
+    assert code == 0, error
+    run = run_directory(tmp_path)
+    assert same_weights(weights(run), weights(trained))
+    result = json.loads((run / "eval.json").read_text())
+    evaluated = curves(run)
+    assert [step for step, _ in evaluated["eval/episodic_return"]] == [64, 96]
+    assert evaluated["eval/episodic_return"][-1] == (96, pytest.approx(result["mean"]))
+    assert evaluated["eval/episodic_length"][-1] == (96, result["lengths"][0])
+    assert not any(tag.startswith("eval/") for tag in curves(trained))
+
+
+def test_no_episodes_do_nothing(trained, run, capfd):
+    """--eval-episodes 0, at the end of training and in --evaluate: no games, no eval.json."""
+    assert here(capfd, "--evaluate", run, "--eval-episodes", 0)[0] == 0
+    assert not (run / "eval.json").exists()
+    assert not (trained / "eval.json").exists()
+
+
+def test_film(run, capfd, monkeypatch):
+    """The video has a frame for each step of the game, the right size and the emulator's colours; so has the GIF."""
+    screens, step = {}, ppo_atari.FrameStack.step
+
+    def watched(env, action):
+        result = step(env, action)
+        screens.setdefault(env, []).append(env.unwrapped.ale.getScreenRGB())
+        return result
+
+    monkeypatch.setattr(ppo_atari.FrameStack, "step", watched)
+    code, _, error = here(capfd, "--evaluate", run, "--eval-episodes", 1, "--capture-video")
+    assert code == 0, error
+    game = next(iter(screens.values()))
+    (path,) = (run / "videos").iterdir()
+    assert path.suffix == ".webm"
+    assert path.read_bytes()[:4] == b"\x1a\x45\xdf\xa3"  # the signature of the format that browsers expect
+    assert path.stat().st_size < 4e6
+    film, frames = cv2.VideoCapture(str(path)), []
+    while (frame := film.read())[0]:
+        frames.append(cv2.cvtColor(frame[1], cv2.COLOR_BGR2RGB))
+    height, width, _ = game[0].shape
+    assert frames[0].shape[0] % height == frames[0].shape[1] % width == 0
+    assert frames[0].shape[0] // height == frames[0].shape[1] // width > 0
+    assert len(frames) == len(game)
+    for i in (20, len(game) // 2):
+        shown = cv2.resize(frames[i], (width, height), interpolation=cv2.INTER_AREA).astype(float)
+        assert np.abs(shown - game[i]).mean() < 6
+        assert np.abs(shown[..., ::-1] - game[i]).mean() > 2 * np.abs(shown - game[i]).mean()  # red is not blue
+    (gif,) = (image for image in images(run) if image.format == "GIF")
+    assert gif.size == (width, height)
+    assert gif.n_frames > 1
+    gif.seek(gif.n_frames // 2)
+    middle = np.asarray(gif.convert("RGB")).astype(float)
+    assert min(np.abs(middle - screen).mean() for screen in game) < 6
+
+
+def test_what_the_network_sees(trained):
+    """Training logs a picture of the screen beside the four frames, and the hyperparameters as text."""
+    (image,) = images(trained)
+    assert image.size[0] >= 5 * 160
+    assert len(np.unique(np.asarray(image))) > 10
+    tensors = EventAccumulator(str(trained)).Reload()
+    assert any("hyperparameters" in tag for tag in tensors.Tags()["tensors"])
+
+
+@pytest.mark.parametrize("what", ["missing", "noise", "other content", "another game"])
+def test_foreign_agent_is_refused(what, run, capfd):
+    """No file, a file of random bytes, a torch file of something else, an agent with another number of actions."""
+    path = run / "agent.pt"
+    content = torch.load(path, weights_only=True)
+    path.unlink()
+    if what == "noise":
+        path.write_bytes(np.random.default_rng(1).bytes(100_000))
+    elif what == "other content":
+        torch.save([1, 2, 3], path)
+    elif what == "another game":
+        content["flags"]["env_id"] = "ALE/Breakout-v5"
+        torch.save(content, path)
+    assert path.name in refusal(capfd, "--evaluate", run)
+    assert path.name in refusal(capfd, "--evaluate", path)
+    assert not (run / "eval.json").exists()
+
+
+def test_tracking_without_wandb(tmp_path, capfd, monkeypatch):
+    """One line says what to install."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in refusal(capfd, *TRAIN, "--eval-episodes", 0, "--track")
+
+
+def test_tracking_offline(tmp_path):
+    """Writes a Weights & Biases run without a network."""
+    pytest.importorskip("wandb")
+    flags = ("--eval-episodes", 0, "--track", "--wandb-project-name", "a-test", "--wandb-name", "its-name")
+    process = start(*TRAIN, *flags, cwd=tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()
+    for word in (b"a-test", b"its-name", b"losses/value_loss"):
+        assert word in content
+
+
+def test_playing_without_pygame(capfd, monkeypatch):
+    """One line says what to install."""
+    monkeypatch.delitem(sys.modules, "gymnasium.utils.play", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "pygame"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    assert "pip install pygame" in refusal(capfd, "--play", "--env-id", "ALE/Breakout-v5")
+
+
+DRIVER = """
+import sys
+import ale_py, pygame
+sys.path.insert(0, sys.argv.pop(1))
+import ppo_atari
+
+frames, acted, act, get = 0, [], ale_py.ALEInterface.act, pygame.event.get
+
+def watched(ale, action, *args):
+    acted.append(int(getattr(action, "value", action)))
+    return act(ale, action, *args)
+
+def scripted(*args, **kwargs):
+    global frames
+    frames += 1
+    if frames == 90:
+        return [pygame.event.Event(pygame.QUIT)]
+    keys = {10: (pygame.KEYDOWN, pygame.K_SPACE), 30: (pygame.KEYUP, pygame.K_SPACE), 40: (pygame.KEYDOWN, pygame.K_d)}
+    return [pygame.event.Event(keys[frames][0], key=keys[frames][1])] if frames in keys else []
+
+ale_py.ALEInterface.act, pygame.event.get = watched, scripted
+code = ppo_atari.main(sys.argv[1:])
+print("actions:", acted)
+sys.exit(code)
+"""
+
+
+def test_playing_with_scripted_keys(tmp_path):
+    """In a window that SDL only pretends to open: the keys reach the game, and closing the window ends it."""
+    pytest.importorskip("pygame")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    program = (tmp_path / "driver.py", Path(ppo_atari.__file__).parent)
+    process = start("--play", "--env-id", "ALE/Breakout-v5", cwd=tmp_path, program=program, SDL_VIDEODRIVER="dummy")
+    log = tmp_path / "log"
+    assert finish(process, 60) == 0, log.read_text()
+    out, acted = log.read_text().split("actions: ")
+    assert re.search(r"(?i)space.*FIRE", out) and re.search(r"\bd\b.*RIGHT", out), out  # the keys are told
+    acted = json.loads(acted)
+    assert len(acted) <= 100, "one frame of the emulator per frame of the window"
+    fire, right = ale_py.Action.FIRE.value, ale_py.Action.RIGHT.value
+    assert acted.count(fire) == 20 and acted.count(right) > 20 and acted.index(fire) < acted.index(right)
+
+
+def test_watching_the_agent(run, tmp_path):
+    """--play with --evaluate shows a game in a window (here a pretended one) and tells its score."""
+    pytest.importorskip("pygame")
+    process = start("--play", "--evaluate", run, cwd=tmp_path, SDL_VIDEODRIVER="dummy", SDL_AUDIODRIVER="dummy")
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert "score" in (tmp_path / "log").read_text()
