@@ -43,6 +43,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -132,7 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("cuda", True, bool, "use a GPU if there is one")
     flag("precision", "auto", ("auto", "float32", "bfloat16"), "of the network; auto: bfloat16 where hardware has it")
     flag("num-workers", None, natural, "rollout processes, 0: none (default: one per core, at most one per game)")
-    flag("inference-batch", None, count, "games per policy call (default: the share of one default worker)")
+    flag("inference-batch", None, count, "games per policy call, 1 or 4n (default: the share of one default worker)")
     flag("start-method", "fork" if sys.platform == "linux" else "spawn", ("fork", "spawn"), "of the workers")
     flag("resume", None, str, "go on with the run in this directory, with its flags")
     flag("checkpoint-interval", 300, natural, "iterations from one checkpoint to the next; 0: only at the end")
@@ -238,7 +239,8 @@ def derive(args: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), num_envs)
     args.num_workers = min(workers if args.num_workers is None else args.num_workers, num_envs)
-    args.inference_batch = args.inference_batch or math.ceil(num_envs / workers)
+    share = args.inference_batch or math.ceil(num_envs / workers)
+    args.inference_batch = 1 if share == 1 else math.ceil(share / 4) * 4  # see act()
 
 
 def check_env_id(env_id: str) -> None:
@@ -591,8 +593,8 @@ class Storage(NamedTuple):
 def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """action, log_prob and value [B] for any B, computed in batches of one fixed size.
 
-    Matrix kernels differ in the last bit from one batch size to another. With the size fixed, it makes no difference
-    how many workers share the environments.
+    Matrix kernels differ in the last bit from one batch size to another and, where it is no multiple of 4, from row to
+    row. With the size fixed at 1 or such a multiple, it makes no difference how many workers share the environments.
     """
     parts = []
     for o, u in zip(obs.split(batch), uniform.split(batch)):
@@ -839,12 +841,11 @@ def write_file(path: Path, content: bytes | dict) -> None:
 
     At any moment the path holds a whole file, old or new.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    if isinstance(content, dict):
+        torch.save(content, buffer)  # not to the file: there, a full disk would be a RuntimeError like any other
     with open(temporary, "wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
-            torch.save(content, file)
+        file.write(content if isinstance(content, bytes) else buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -870,6 +871,8 @@ class RunDirectory:
         from torch.utils.tensorboard import SummaryWriter  # here, because the workers do without it
 
         self.path, self.failed = path, False
+        hook = threading.excepthook  # what TensorBoard's own thread cannot write, attempt() reports
+        threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
         # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap.
         self.writer = SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
 
@@ -1059,8 +1062,11 @@ def train(args: argparse.Namespace) -> int:
         saved = load_file(Path(args.resume, "checkpoint.pt"), "weights", "optimizer", "iteration", "ranks", "recent")
         if len(saved["ranks"]) != args.world_size:
             raise UsageError(f"--resume: that run has {len(saved['ranks'])} processes, not {args.world_size}")
-        agent.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
+        try:
+            agent.load_state_dict(saved["weights"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError):
+            raise UsageError(f"--resume: {args.resume}/checkpoint.pt is not of the run in args.json") from None
         iteration, mine = saved["iteration"], saved["ranks"][args.rank]
         recent.extend(saved["recent"])
         shuffler.set_state(mine["shuffler"])
