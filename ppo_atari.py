@@ -1250,7 +1250,7 @@ def play(args: argparse.Namespace) -> int:
     env = gym.make(args.env_id, frameskip=1, render_mode="rgb_array")
     meanings = env.unwrapped.get_action_meanings()
     for keys, action in env.unwrapped.get_keys_to_action().items():
-        print(f"{' + '.join(keys).replace('   ', ' space ').replace('  ', ' space'):>12}  {meanings[action]}")
+        print(f"{' + '.join('space' if key == ' ' else key for key in keys):>14}  {meanings[action]}")
     play_in_window(env, fps=60, zoom=3, noop=find_action(env, "NOOP") or 0)
     return 0
 
