@@ -169,3 +169,25 @@ def test_signal_to_one_rank_stops_both(pair, tmp_path):
     both = [start("--resume", run, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
     assert [finish(process) for process in both] == [0, 0], (tmp_path / "log").read_text()
     assert same_weights(weights(run), weights(pair))
+
+
+LEARNER = """
+import sys, torch, torch.distributed as dist
+from test_learning import learn
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+print("share", learn(+1, n=4, rank=dist.get_rank()), flush=True)
+"""
+
+
+def test_two_ranks_learn_the_image_task(tmp_path):
+    """Four games on each of two ranks, gradients and normalization shared: both solve the task of the learning test."""
+    tests = str(Path(__file__).parent)
+    (tmp_path / "learner.py").write_text(LEARNER)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "learner.py")
+    path = os.pathsep.join([tests, str(Path(tests).parent)])
+    assert finish(start(cwd=tmp_path, program=torchrun, PYTHONPATH=path)) == 0, (tmp_path / "log").read_text()
+    shares = [
+        float(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("share")
+    ]
+    assert len(shares) == 2 and min(shares) > 0.95, shares

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ppo_atari import Agent, compute_gae, parse_args, ppo_loss
+from ppo_atari import Agent, average_gradients, compute_gae, parse_args, ppo_loss
 
 
 class Blocks:
@@ -13,8 +13,8 @@ class Blocks:
     makes later rewards noise that the advantages have to see through.
     """
 
-    def __init__(self, n: int):
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, n: int, seed: int = 0):
+        self.generator = torch.Generator().manual_seed(seed)
         self.n, self.t = n, 0
         self.draw()
 
@@ -32,11 +32,11 @@ class Blocks:
         return reward, float(self.t == 0)
 
 
-def learn(sign: float, iterations: int = 40, n: int = 8, num_steps: int = 40) -> float:
-    """Trains and returns the share of the best return in the last five iterations."""
+def learn(sign: float, n: int = 8, rank: int = 0, iterations: int = 40, num_steps: int = 40) -> float:
+    """Trains, with the other ranks if there are any. Returns the share of the best return in the last iterations."""
     torch.manual_seed(1)
     args = parse_args(["--num-envs", str(n), "--num-steps", str(num_steps), "--ent-coef", "0.001"])
-    agent, games = Agent(4, 4, 36), Blocks(n)
+    agent, games = Agent(4, 4, 36), Blocks(n, seed=rank)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5)
     earned, done = [], torch.ones(n)
     for _ in range(iterations):
@@ -66,6 +66,8 @@ def learn(sign: float, iterations: int = 40, n: int = 8, num_steps: int = 40) ->
                 loss, _ = ppo_loss(log_prob, entropy, value, old_log_prob, old_value, advantage, return_, args)
                 optimizer.zero_grad()
                 loss.backward()
+                if torch.distributed.is_initialized():
+                    average_gradients(agent)
                 torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
         earned.append(rewards.mean().item())
