@@ -75,7 +75,8 @@ cv2.setNumThreads(1)  # OpenCV's own threads would fight the workers for the cor
 # ----------------------------------------------------------------------------------------------------- 1 arguments
 
 MAY_CHANGE_ON_RESUME = {"total_timesteps", "num_workers", "start_method", "checkpoint_interval", "eval_episodes"}
-MAY_CHANGE_ON_RESUME |= {"eval_interval", "capture_video", "resume", "track", "wandb_project_name", "wandb_entity"}
+MAY_CHANGE_ON_RESUME |= {"eval_interval", "capture_video", "resume"}
+MAY_CHANGE_ON_RESUME |= {"track", "wandb_project_name", "wandb_entity", "wandb_name"}
 
 
 class UsageError(Exception):
@@ -1171,7 +1172,7 @@ def train(args: argparse.Namespace) -> int:
                 if run:
                     at = step + (t + 1) * args.num_envs
                     run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, at)
-            step, now = iteration * args.batch_size, time.perf_counter()
+            step, now, last = iteration * args.batch_size, time.perf_counter(), iteration == args.num_iterations
             if run:
                 scalars = {f"losses/{name}": mean for name, mean in zip(stats, means)}
                 scalars["losses/explained_variance"] = float(1 - (returns - old_values).var() / returns.var())
@@ -1189,10 +1190,10 @@ def train(args: argparse.Namespace) -> int:
                     left = timedelta(seconds=round((total - step) / speed))
                     print(f"step {step:,} of {total:,}, {status}, {speed:,.0f} steps/s, {left} left", flush=True)
                 due = args.eval_interval and step // args.eval_interval > (step - args.batch_size) // args.eval_interval
-                if due and args.eval_episodes and iteration < args.num_iterations:
+                if due and args.eval_episodes and not last:
                     copy_weights(agent, actor)
                     evaluate_agent(args, actor, step, run)
-            if args.checkpoint_interval and iteration % args.checkpoint_interval == 0:
+            if args.checkpoint_interval and iteration % args.checkpoint_interval == 0 and not last:
                 save()
         save()
         bar.close()
