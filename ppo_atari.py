@@ -33,6 +33,7 @@ Nature-CNN), 4 rollout (policy, step, store, and the worker processes), 5 PPO (a
 
 import argparse
 import copy
+import ctypes
 import difflib
 import io
 import json
@@ -71,6 +72,11 @@ from tqdm import tqdm
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from every emulator
 cv2.setNumThreads(1)  # OpenCV's own threads would fight the workers for the cores
+with suppress(
+    OSError, AttributeError
+):  # glibc: keep freed memory, or every large tensor costs thousands of page faults
+    for name, value in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(name, value)
 
 # ----------------------------------------------------------------------------------------------------- 1 arguments
 
@@ -331,12 +337,13 @@ class EpisodicLifeEnv(gym.Wrapper):
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.noop, self.lives, self.game_over = find_action(env, "NOOP") or 0, 0, True
+        self.noop, self.ale = find_action(env, "NOOP") or 0, env.unwrapped.ale
+        self.lives, self.game_over = 0, True
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
-        lives, before = self.unwrapped.ale.lives(), self.lives
+        lives, before = self.ale.lives(), self.lives
         self.lives = lives
         return obs, reward, terminated or 0 < lives < before, truncated, info
 
@@ -345,7 +352,7 @@ class EpisodicLifeEnv(gym.Wrapper):
             obs, info = self.env.reset(**kwargs)
         else:
             obs, info = step_in_reset(self.env, self.noop, {})  # this step, too, can end the game (River Raid)
-        self.lives, self.game_over = self.unwrapped.ale.lives(), False
+        self.lives, self.game_over = self.ale.lives(), False
         return obs, info
 
 
@@ -477,19 +484,36 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 
     return layer
 
 
-def nature_cnn(frame_stack: int, frame_size: int) -> nn.Sequential:
+class PixelConv2d(nn.Conv2d):
+    """A first layer for pixels of 0 to 255. Scales its weights in place of every pixel, which comes to the same."""
+
+    scale = 1 / 255
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype) * self.scale, self.bias.to(x.dtype))
+
+
+class Flatten(nn.Module):
+    """[B, C, H, W] to [B, H * W * C]: channels lie innermost in memory, so that this order costs no copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def nature_cnn(frame_stack: int, frame_size: int, scale_obs: bool) -> nn.Sequential:
     """[atari 8] The convolutional network of Mnih et al. (2015): [B, frame_stack, L, L] to [B, 512]."""
+    first = PixelConv2d if scale_obs else nn.Conv2d  # [atari 9]
     side = frame_size // 8 - 3  # 8m + 4 -> 2m -> m - 1 -> m - 3
     return nn.Sequential(
-        layer_init(nn.Conv2d(frame_stack, 32, 8, stride=4)),
-        nn.ReLU(),
+        layer_init(first(frame_stack, 32, 8, stride=4)),
+        nn.ReLU(inplace=True),
         layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-        nn.ReLU(),
-        nn.Flatten(),
+        nn.ReLU(inplace=True),
+        Flatten(),
         layer_init(nn.Linear(64 * side * side, 512)),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -510,17 +534,16 @@ class Agent(nn.Module):
         super().__init__()
         if frame_size < 36 or frame_size % 8 != 4:
             raise ValueError(f"frame_size must be 8m + 4 and at least 36, not {frame_size}")
-        self.network = nature_cnn(frame_stack, frame_size)
-        self.critic_network = None if shared_network else nature_cnn(frame_stack, frame_size)
+        self.network = nature_cnn(frame_stack, frame_size, scale_obs)
+        self.critic_network = None if shared_network else nature_cnn(frame_stack, frame_size, scale_obs)
         self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)  # nearly uniform at first
         self.critic = layer_init(nn.Linear(512, 1), std=1)
-        self.scale = 1 / 255 if scale_obs else 1.0
         self.dtype = torch.float32  # of the network's arithmetic; the heads always compute in float32
         self.to(memory_format=torch.channels_last)  # the first convolution is several times faster in this layout
 
     def features(self, network: nn.Sequential, obs: Tensor) -> Tensor:
         """float32 [B, 512]."""
-        x = obs.to(self.dtype, memory_format=torch.channels_last) * self.scale  # [atari 9]
+        x = obs.to(self.dtype).contiguous(memory_format=torch.channels_last)
         with torch.autocast(obs.device.type, self.dtype, enabled=network[0].weight.dtype != self.dtype):
             return network(x).float()
 
@@ -552,6 +575,10 @@ def inference_copy(agent: Agent) -> Agent:
     for network in (clone.network, clone.critic_network):
         if network is not None:
             network.to(agent.dtype)
+    if agent.dtype == torch.float32:  # small batches times the large matrix: twice as fast with its columns contiguous
+        for layer in clone.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data = layer.weight.t().contiguous().t()
     return clone.share_memory()
 
 
@@ -1140,7 +1167,7 @@ def train(args: argparse.Namespace) -> int:
                 tensor.flatten(0, 1).to(device, non_blocking=True)
                 for tensor in (storage.obs[:-1], storage.actions, storage.log_probs, values[:-1], advantages, returns)
             )
-            obs = obs.contiguous(memory_format=torch.channels_last)
+            obs = obs.permute(0, 2, 3, 1).contiguous()  # channels innermost: whole rows for index_select below
             if device.type != "cpu":  # the actor rounds differently: recompute, so that the ratio starts at exactly 1
                 with torch.no_grad():
                     pairs = zip(obs.split(minibatch_size), actions.split(minibatch_size))
@@ -1150,7 +1177,8 @@ def train(args: argparse.Namespace) -> int:
             totals = []
             for _ in range(args.update_epochs):
                 for i in torch.randperm(batch_size, generator=shuffler).to(device).split(minibatch_size):  # [core 6]
-                    _, log_prob, entropy, value = agent.get_action_and_value(obs[i], actions[i])
+                    pixels = obs.index_select(0, i).permute(0, 3, 1, 2)
+                    _, log_prob, entropy, value = agent.get_action_and_value(pixels, actions[i])
                     old = (old_log_probs[i], old_values[i], advantages[i], returns[i])
                     loss, stats = ppo_loss(log_prob, entropy, value, *old, args, ent_coef)
                     optimizer.zero_grad()

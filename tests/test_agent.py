@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ppo_atari import Agent, copy_weights, inference_copy, layer_init
@@ -56,14 +57,26 @@ def test_first_weights_are_orthogonal_and_biases_zero(shared):
     assert layer_init(nn.Linear(3, 3), bias_const=2.5).bias.tolist() == [2.5] * 3
 
 
-def test_pixels_are_scaled_by_255(obs):
-    seen = []
-    for scaled in (True, False):
-        agent = Agent(4, scale_obs=scaled)
-        agent.network[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        agent.get_value(obs)
-    torch.testing.assert_close(seen[0], obs / 255.0)
-    assert torch.equal(seen[1], obs.float())
+@pytest.mark.parametrize(("scaled", "divisor"), [(True, 255), (False, 1)])
+def test_pixels_are_scaled_by_255(obs, scaled, divisor):
+    """The first convolution's output is that of scaled pixels, and the gradient that of unscaled weights."""
+    agent = Agent(4, scale_obs=scaled)
+    conv = agent.network[0]
+    seen = conv(obs.float())
+    expected = F.conv2d(obs.double() / divisor, conv.weight.double(), conv.bias.double(), stride=4)
+    torch.testing.assert_close(seen.double(), expected, rtol=1e-4, atol=1e-5 * 255 / divisor)
+    (gradient,) = torch.autograd.grad(seen.square().mean(), conv.weight)
+    (expected_gradient,) = torch.autograd.grad(expected.square().mean(), conv.weight)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5 * (255 / divisor) ** 2)
+
+
+def trunk(network, obs):
+    """The Nature-CNN, written out in float64."""
+    x = obs.double() / 255
+    for layer, stride in zip((network[0], network[2], network[4]), (4, 2, 1), strict=True):
+        x = F.conv2d(x, layer.weight.double(), layer.bias.double(), stride=stride).clamp(min=0)
+    x = torch.einsum("bchw,dhwc->bd", x, network[7].weight.double().view(512, *x.shape[2:], 64))
+    return (x + network[7].bias.double()).clamp(min=0).numpy()
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -74,8 +87,8 @@ def test_log_prob_entropy_and_value_against_numpy(obs, shared):
         agent.actor.weight.mul_(300)  # far from uniform
         action = torch.tensor([0, 1, 2, 3, 4, 0])
         got_action, log_prob, entropy, value = agent.get_action_and_value(obs, action)
-        trunks = [agent.network, agent.network if shared else agent.critic_network]
-        policy_hidden, value_hidden = (trunk(obs / 255.0).double().numpy() for trunk in trunks)
+        networks = [agent.network, agent.network if shared else agent.critic_network]
+        policy_hidden, value_hidden = (trunk(network, obs) for network in networks)
     logits = policy_hidden @ agent.actor.weight.detach().double().numpy().T + agent.actor.bias.detach().double().numpy()
     probs = np.exp(logits - logits.max(1, keepdims=True))
     probs /= probs.sum(1, keepdims=True)
