@@ -52,7 +52,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise, starmap
+from itertools import pairwise
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -778,6 +778,8 @@ class Workers:
 
 # ----------------------------------------------------------------------------------------------------------- 5 PPO
 
+STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
+
 
 def compute_gae(
     rewards: Tensor,
@@ -827,7 +829,7 @@ def ppo_loss(
     advantage: Tensor,
     return_: Tensor,
     args: argparse.Namespace,
-    ent_coef: float | None = None,
+    ent_coef: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one minibatch (Schulman et al., 2017) and its parts; every tensor is [B].
 
@@ -859,6 +861,88 @@ def ppo_loss(
 def anneal(start: float, end: float, iteration: int, num_iterations: int) -> float:
     """[core 4] Linear from start, in iteration 1, to end, in the iteration after the last."""
     return end + (start - end) * (1 - (iteration - 1) / num_iterations)
+
+
+def average_gradients(agent: Agent) -> None:
+    """Averages the gradients over all processes, in one message."""
+    gradients = [parameter.grad for parameter in agent.parameters()]
+    mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+class Batch(NamedTuple):
+    """A rollout of B steps on the learner's device. The tensors stay where they are: a CUDA graph reads them there."""
+
+    obs: Tensor  # uint8 [B, L, L, frame_stack]: with channels innermost, index_select gathers whole rows
+    actions: Tensor  # int64 [B]; the others are float32 [B]
+    log_probs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @staticmethod
+    def allocate(size: int, obs_shape: tuple[int, ...], device: torch.device) -> "Batch":
+        obs = torch.zeros((size, *obs_shape[1:], obs_shape[0]), dtype=torch.uint8, device=device)
+        actions = torch.zeros(size, dtype=torch.int64, device=device)
+        return Batch(obs, actions, *torch.zeros((4, size), device=device))
+
+    def fill(self, storage: Storage, advantages: Tensor, returns: Tensor) -> None:
+        obs = storage.obs[:-1].flatten(0, 1).to(self.obs.device, non_blocking=True)
+        self.obs.copy_(obs.permute(0, 2, 3, 1))
+        rest = (storage.actions, storage.log_probs, storage.values[:-1], advantages, returns)
+        for mine, new in zip(self[1:], rest):
+            mine.copy_(new.flatten(), non_blocking=True)
+
+    def evaluate(self, agent: Agent, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log_prob, entropy and value of the rows i, as the agent sees them now."""
+        return agent.get_action_and_value(self.obs.index_select(0, i).permute(0, 3, 1, 2), self.actions[i])[1:]
+
+
+def update(
+    agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, i: Tensor, args: argparse.Namespace, ent_coef: Tensor
+) -> Tensor:
+    """One gradient step on the minibatch that the rows i of the batch form. Returns the stats, in STATS' order."""
+    old = (batch.log_probs[i], batch.values[i], batch.advantages[i], batch.returns[i])
+    loss, stats = ppo_loss(*batch.evaluate(agent, i), *old, args, ent_coef)
+    optimizer.zero_grad()
+    loss.backward()
+    if args.world_size > 1:
+        average_gradients(agent)
+    stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [core 11]
+    optimizer.step()
+    return torch.stack([stats[name] for name in STATS])
+
+
+def cuda_graph(
+    step: Callable[[Tensor], Tensor], i: Tensor, agent: Agent, optimizer: torch.optim.Optimizer
+) -> Callable[[Tensor], Tensor]:
+    """The update `step`, of minibatches as long as i, as a CUDA graph: one launch in place of hundreds.
+
+    The agent and its optimizer are left as they were.
+    """
+    weights, states = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"]))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # the first calls choose kernels and allocate, which no graph may
+            step(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    agent.load_state_dict(weights)
+    for index, state in enumerate(optimizer.state.values()):
+        for name, tensor in state.items():  # in place: the graph will know these tensors by their addresses
+            tensor.copy_(states[index][name]) if index in states else tensor.zero_()
+    optimizer.zero_grad()
+    graph, rows = torch.cuda.CUDAGraph(), i.clone()
+    with torch.cuda.graph(graph):
+        stats = step(rows)
+
+    def replay(i: Tensor) -> Tensor:
+        rows.copy_(i)
+        graph.replay()
+        return stats.clone()
+
+    return replay
 
 
 # --------------------------------------------------------------------------------------------------- 6 run directory
@@ -1049,14 +1133,6 @@ def open_run(args: argparse.Namespace, device: torch.device, step: int) -> RunDi
     return run
 
 
-def average_gradients(agent: Agent) -> None:
-    """Averages the gradients over all processes, in one message."""
-    gradients = [parameter.grad for parameter in agent.parameters()]
-    mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(part.view_as(gradient))
-
-
 def gather(mine: Any) -> list[Any]:
     """What each process contributes, in the order of ranks."""
     everyone = [mine]
@@ -1084,7 +1160,9 @@ def train(args: argparse.Namespace) -> int:
     agent.dtype = choose_dtype(args, torch.device("cpu"))
     actor, storage = inference_copy(agent), Storage.allocate(args.num_steps, num_envs, first_obs.shape)
     agent.to(device).dtype = choose_dtype(args, device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [core 3]
+    on_gpu = device.type == "cuda"
+    learning_rate, ent_coef = torch.tensor([args.learning_rate, args.ent_coef], device=device)
+    optimizer = torch.optim.Adam(agent.parameters(), learning_rate, eps=1e-5, fused=True, capturable=on_gpu)  # [core 3]
     iteration, recent = 0, deque(maxlen=100)  # recent: the scores of the last games
     if args.resume:
         saved = load_file(Path(args.resume, "checkpoint.pt"), "weights", "optimizer", "iteration", "ranks", "recent")
@@ -1093,6 +1171,7 @@ def train(args: argparse.Namespace) -> int:
         try:
             agent.load_state_dict(saved["weights"])
             optimizer.load_state_dict(saved["optimizer"])
+            optimizer.param_groups[0] |= {"lr": learning_rate, "capturable": on_gpu}
         except (RuntimeError, ValueError, KeyError):
             raise UsageError(f"--resume: {args.resume}/checkpoint.pt is not of the run in args.json") from None
         iteration, mine = saved["iteration"], saved["ranks"][args.rank]
@@ -1125,6 +1204,13 @@ def train(args: argparse.Namespace) -> int:
             }
             run.attempt("checkpoint.pt", write_file, run.path / "checkpoint.pt", content)
 
+    batch = Batch.allocate(batch_size, first_obs.shape, device)
+    step_on = partial(update, agent, optimizer, batch, args=args, ent_coef=ent_coef)
+    if on_gpu and args.world_size == 1:
+        step_on = cuda_graph(step_on, torch.arange(minibatch_size, device=device), agent, optimizer)
+        for tensor in storage:  # page-locked memory is copied to the GPU while the learner goes on
+            torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+
     stop = torch.zeros((), dtype=torch.int64)  # the number of the signal that asks for an end
 
     def request_stop(number: int, frame: Any) -> None:
@@ -1147,12 +1233,10 @@ def train(args: argparse.Namespace) -> int:
                 break
             iteration += 1
             started = time.perf_counter()
-            learning_rate, ent_coef = args.learning_rate, args.ent_coef
             if args.anneal_lr:
-                learning_rate = anneal(args.learning_rate, 0, iteration, args.num_iterations)
+                learning_rate.fill_(anneal(args.learning_rate, 0, iteration, args.num_iterations))
             if args.ent_coef_final is not None:
-                ent_coef = anneal(args.ent_coef, args.ent_coef_final, iteration, args.num_iterations)
-            optimizer.param_groups[0]["lr"] = learning_rate
+                ent_coef.fill_(anneal(args.ent_coef, args.ent_coef_final, iteration, args.num_iterations))
 
             # ROLLOUT
             copy_weights(agent, actor)
@@ -1163,32 +1247,21 @@ def train(args: argparse.Namespace) -> int:
             rewards, values, dones = storage.rewards, storage.values, storage.dones
             next_ = (values[-1], dones[-1])
             advantages, returns = compute_gae(rewards, values[:-1], dones[:-1], *next_, args.gamma, args.gae_lambda)
-            obs, actions, old_log_probs, old_values, advantages, returns = (
-                tensor.flatten(0, 1).to(device, non_blocking=True)
-                for tensor in (storage.obs[:-1], storage.actions, storage.log_probs, values[:-1], advantages, returns)
-            )
-            obs = obs.permute(0, 2, 3, 1).contiguous()  # channels innermost: whole rows for index_select below
-            if device.type != "cpu":  # the actor rounds differently: recompute, so that the ratio starts at exactly 1
+            batch.fill(storage, advantages, returns)
+            if on_gpu:  # the actor rounds differently: recompute, so that the ratio starts at exactly 1
                 with torch.no_grad():
-                    pairs = zip(obs.split(minibatch_size), actions.split(minibatch_size))
-                    _, old_log_probs, _, old_values = map(torch.cat, zip(*starmap(agent.get_action_and_value, pairs)))
+                    for i in torch.arange(batch_size, device=device).split(minibatch_size):
+                        batch.log_probs[i], _, batch.values[i] = batch.evaluate(agent, i)
 
             # UPDATE
             totals = []
             for _ in range(args.update_epochs):
-                for i in torch.randperm(batch_size, generator=shuffler).to(device).split(minibatch_size):  # [core 6]
-                    pixels = obs.index_select(0, i).permute(0, 3, 1, 2)
-                    _, log_prob, entropy, value = agent.get_action_and_value(pixels, actions[i])
-                    old = (old_log_probs[i], old_values[i], advantages[i], returns[i])
-                    loss, stats = ppo_loss(log_prob, entropy, value, *old, args, ent_coef)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    if args.world_size > 1:
-                        average_gradients(agent)
-                    stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [core 11]
-                    optimizer.step()
-                    totals.append(torch.stack(list(stats.values())))
-                if args.target_kl is not None and all_mean(stats["approx_kl"].clone()) > args.target_kl:
+                rows = torch.randperm(batch_size, generator=shuffler).to(device, non_blocking=True)  # [core 6]
+                totals += map(step_on, rows.split(minibatch_size))
+                if (
+                    args.target_kl is not None
+                    and all_mean(totals[-1][STATS.index("approx_kl")].clone()) > args.target_kl
+                ):
                     break
 
             # LOGGING
@@ -1202,9 +1275,9 @@ def train(args: argparse.Namespace) -> int:
                     run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, at)
             step, now, last = iteration * args.batch_size, time.perf_counter(), iteration == args.num_iterations
             if run:
-                scalars = {f"losses/{name}": mean for name, mean in zip(stats, means)}
-                scalars["losses/explained_variance"] = float(1 - (returns - old_values).var() / returns.var())
-                scalars |= {"charts/learning_rate": learning_rate, "charts/ent_coef": ent_coef}
+                scalars = {f"losses/{name}": mean for name, mean in zip(STATS, means)}
+                scalars["losses/explained_variance"] = float(1 - (returns - values[:-1]).var() / returns.var())
+                scalars |= {"charts/learning_rate": float(learning_rate), "charts/ent_coef": float(ent_coef)}
                 scalars["charts/SPS"] = args.batch_size / (now - started)
                 for work in ("environment", "inference"):
                     scalars[f"time/{work}"] = float(np.mean([seconds[work] for _, seconds in played])) / (now - started)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,21 +93,23 @@ def network_alone(device_name: str, precision: str) -> dict[str, float]:
     torch.set_num_threads(threads)
 
     agent.to(device).dtype = ppo_atari.choose_dtype(args, device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-9, eps=1e-5, fused=True)
-    obs = obs.to(device).contiguous(memory_format=torch.channels_last)
-    actions, noise = torch.randint(0, 4, (1024,), device=device), torch.randn(1024, device=device)
+    on_gpu = device.type == "cuda"
+    learning_rate, ent_coef = torch.tensor([1e-9, 0.01], device=device)
+    optimizer = torch.optim.Adam(agent.parameters(), learning_rate, eps=1e-5, fused=True, capturable=on_gpu)
+    batch = ppo_atari.Batch.allocate(1024, obs.shape[1:], device)
+    batch.obs.random_(0, 256)
+    batch.actions.random_(0, 4)
+    for tensor in batch[2:]:
+        tensor.normal_()
+    step = partial(ppo_atari.update, agent, optimizer, batch, args=args, ent_coef=ent_coef)
+    if on_gpu:
+        step = ppo_atari.cuda_graph(step, torch.arange(256, device=device), agent, optimizer)
 
     def update() -> None:
         for _ in range(args.update_epochs):
             for i in torch.randperm(1024, device=device).split(256):
-                _, log_prob, entropy, value = agent.get_action_and_value(obs[i], actions[i])
-                old = (log_prob.detach(), value.detach(), noise[i], noise[i])
-                loss, _ = ppo_atari.ppo_loss(log_prob, entropy, value, *old, args)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
-        if device.type == "cuda":
+                step(i)
+        if on_gpu:
             torch.cuda.synchronize()
 
     return {"inference alone": inference, "update alone": rate(update, 1024)}

@@ -1,6 +1,9 @@
 """Section 5 and what surrounds it in the loop: the formulas of the papers, slowly, in NumPy and float64."""
 
 from argparse import Namespace
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -115,11 +118,11 @@ def test_every_sample_is_used_once_per_epoch_and_flags_reach_the_loop(tmp_path, 
 
     def recording_loss(*args):
         batches.append(args[5].clone())
-        coefficients.append(args[8])
+        coefficients.append(float(args[8]))
         return loss(*args)
 
     def recording_step(self, *args, **kwargs):
-        rates.append(self.param_groups[0]["lr"])
+        rates.append(float(self.param_groups[0]["lr"]))
         gradients = [parameter.grad.flatten() for parameter in self.param_groups[0]["params"]]
         norms.append(torch.cat(gradients).norm().item())
         return step(self, *args, **kwargs)
@@ -140,8 +143,8 @@ def test_every_sample_is_used_once_per_epoch_and_flags_reach_the_loop(tmp_path, 
         for epoch in epochs[1:]:
             assert torch.equal(epoch.sort().values, epochs[0].sort().values)
             assert not torch.equal(epoch, epochs[0])  # shuffled anew
-    np.testing.assert_allclose(rates[::12], [2.5e-4, 2.5e-4 * 2 / 3, 2.5e-4 / 3])
-    np.testing.assert_allclose(coefficients[::12], [0.01, 0.007, 0.004])
+    np.testing.assert_allclose(rates[::12], [2.5e-4, 2.5e-4 * 2 / 3, 2.5e-4 / 3], rtol=1e-6)
+    np.testing.assert_allclose(coefficients[::12], [0.01, 0.007, 0.004], rtol=1e-6)
     assert max(norms) == pytest.approx(1e-3, rel=1e-3)
     assert adams[0]["eps"] == 1e-5
 
@@ -153,6 +156,84 @@ def test_target_kl_ends_the_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(p, "ppo_loss", lambda *args: calls.append(1) or loss(*args))
     assert p.main([*FLAGS, "--total-timesteps", "32", "--target-kl", "1e-12"]) == 0
     assert len(calls) == 2 * 4
+
+
+def learner(device="cpu"):
+    """An agent with its optimizer, a batch of 16 random samples and the update of one minibatch."""
+    torch.manual_seed(0)
+    args = p.parse_args(["--num-envs", "2", "--num-steps", "8"])
+    agent = p.Agent(4, frame_size=36).to(device)
+    rate, ent_coef = torch.tensor([1e-3, 0.01], device=device)
+    on_gpu = device == "cuda"
+    optimizer = torch.optim.Adam(agent.parameters(), rate, eps=1e-5, fused=True, capturable=on_gpu)
+    batch = p.Batch.allocate(16, (4, 36, 36), device)
+    batch.obs.random_(0, 256)
+    batch.actions.random_(0, 4)
+    batch.log_probs.fill_(-1.4)
+    for tensor in batch[3:]:
+        tensor.normal_()
+    return agent, optimizer, partial(p.update, agent, optimizer, batch, args=args, ent_coef=ent_coef)
+
+
+def steps_of(step, device="cpu"):
+    return [step(torch.arange(start, start + 8, device=device)) for start in (0, 8, 4)]
+
+
+def test_cuda_graph_changes_nothing(monkeypatch):
+    """On a pretended GPU, whose graph repeats the captured call: the same stats and weights as without, bit for bit.
+
+    From a fresh optimizer and from one that has made steps; neither warming up nor capturing leaves a trace.
+    """
+    eager_agent, _, eager_step = learner()
+    eager = steps_of(eager_step) + steps_of(eager_step)
+
+    agent, optimizer, step = learner()
+    captured = {}
+
+    def recorded(i):
+        captured["rows"], captured["stats"] = i, step(i)
+        return captured["stats"]
+
+    @contextmanager
+    def capture(graph):  # a real capture records and does not compute: take back what the call did
+        tensors = [*agent.parameters(), *(tensor for state in optimizer.state.values() for tensor in state.values())]
+        before = [tensor.detach().clone() for tensor in tensors]
+        yield
+        with torch.no_grad():
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.copy_(old)
+        rows, stats = captured["rows"], captured["stats"]
+        graph.replay = lambda: stats.copy_(step(rows))
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    got = steps_of(p.cuda_graph(recorded, torch.arange(8), agent, optimizer))
+    got += steps_of(p.cuda_graph(recorded, torch.arange(8), agent, optimizer))
+    assert torch.equal(torch.stack(got), torch.stack(eager))
+    for mine, other in zip(agent.parameters(), eager_agent.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph_on_a_gpu():
+    """The real graph against the eager update on the same GPU and against the CPU, in float32."""
+    results = []
+    for device, graphed in (("cuda", True), ("cuda", False), ("cpu", False)):
+        first, _, cpu_step = learner("cpu")
+        agent, optimizer, step = learner(device)
+        agent.load_state_dict(first.state_dict())
+        for tensor, source in zip(step.args[2], cpu_step.args[2], strict=True):
+            tensor.copy_(source)
+        if graphed:
+            step = p.cuda_graph(step, torch.arange(8, device=device), agent, optimizer)
+        stats = torch.stack(steps_of(step, device)).cpu()
+        results.append((stats, torch.cat([tensor.detach().flatten().cpu() for tensor in agent.parameters()])))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-2, atol=1e-3)
 
 
 class TwoEnds(gym.Env):
