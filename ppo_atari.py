@@ -72,11 +72,10 @@ from tqdm import tqdm
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from every emulator
 cv2.setNumThreads(1)  # OpenCV's own threads would fight the workers for the cores
-with suppress(
-    OSError, AttributeError
-):  # glibc: keep freed memory, or every large tensor costs thousands of page faults
-    for name, value in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(name, value)
+with suppress(AttributeError, TypeError):  # glibc only
+    # Keep freed memory: to get it anew costs every large tensor thousands of page faults.
+    for option, value in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(option, value)
 
 # ----------------------------------------------------------------------------------------------------- 1 arguments
 
@@ -138,6 +137,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("exp-name", "ppo_atari", str, "goes into the name of the run directory")
     flag("torch-deterministic", True, bool, "deterministic algorithms on a GPU too")
     flag("cuda", True, bool, "use a GPU if there is one")
+    flag("cuda-graph", True, bool, "on a GPU, launch each update as one graph (in one process only)")
     flag("precision", "auto", ("auto", "float32", "bfloat16"), "of the network; auto: bfloat16 where hardware has it")
     flag("num-workers", None, natural, "rollout processes, 0: none (default: one per core, at most one per game)")
     flag("inference-batch", None, count, "games per policy call, 1 or 4n (default: the share of one default worker)")
@@ -228,9 +228,8 @@ def derive(args: argparse.Namespace) -> None:
     if args.num_envs % args.world_size:
         raise UsageError(f"--num-envs {args.num_envs} cannot be split evenly over {args.world_size} processes")
     if args.batch_size % (args.num_minibatches * args.world_size):
-        raise UsageError(
-            f"--num-minibatches {args.num_minibatches} does not divide {sizes} / {args.world_size} processes"
-        )
+        split = f"{sizes} / {args.world_size} processes"
+        raise UsageError(f"--num-minibatches {args.num_minibatches} does not divide {split}")
     if args.norm_adv and args.minibatch_size < 2 * args.world_size:
         raise UsageError("a minibatch of one sample has no spread: lower --num-minibatches or give --no-norm-adv")
     if args.num_iterations < 1:
@@ -524,13 +523,9 @@ class Agent(nn.Module):
     """
 
     def __init__(
-        self,
-        num_actions: int,
-        frame_stack: int = 4,
-        frame_size: int = 84,
-        shared_network: bool = True,
+        self, num_actions: int, frame_stack: int = 4, frame_size: int = 84, shared_network: bool = True,
         scale_obs: bool = True,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if frame_size < 36 or frame_size % 8 != 4:
             raise ValueError(f"frame_size must be 8m + 4 and at least 36, not {frame_size}")
@@ -782,14 +777,9 @@ STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "
 
 
 def compute_gae(
-    rewards: Tensor,
-    values: Tensor,
-    dones: Tensor,
-    next_value: Tensor,
-    next_done: Tensor,
-    gamma: float,
+    rewards: Tensor, values: Tensor, dones: Tensor, next_value: Tensor, next_done: Tensor, gamma: float,
     gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """[core 5] Generalized advantage estimation (Schulman et al., 2016): advantages and returns, both [T, N].
 
     rewards, values, dones are [T, N]; dones[t] is 1 where observation t starts a new episode; next_value and next_done
@@ -821,16 +811,9 @@ def normalize(advantage: Tensor) -> Tensor:
 
 
 def ppo_loss(
-    log_prob: Tensor,
-    entropy: Tensor,
-    value: Tensor,
-    old_log_prob: Tensor,
-    old_value: Tensor,
-    advantage: Tensor,
-    return_: Tensor,
-    args: argparse.Namespace,
-    ent_coef: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    log_prob: Tensor, entropy: Tensor, value: Tensor, old_log_prob: Tensor, old_value: Tensor, advantage: Tensor,
+    return_: Tensor, args: argparse.Namespace, ent_coef: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss of one minibatch (Schulman et al., 2017) and its parts; every tensor is [B].
 
     Reads norm_adv, clip_coef, clip_vloss, vf_coef and ent_coef of args; the last argument overrides ent_coef.
@@ -1196,20 +1179,15 @@ def train(args: argparse.Namespace) -> int:
             run.attempt("TensorBoard events", run.writer.flush)  # first, so that the curve reaches the checkpoint
             content = {"weights": agent.state_dict(), "flags": args.flags, "step": step}
             run.attempt("agent.pt", write_file, run.path / "agent.pt", content)
-            content |= {
-                "optimizer": optimizer.state_dict(),
-                "iteration": iteration,
-                "recent": list(recent),
-                "ranks": ranks,
-            }
-            run.attempt("checkpoint.pt", write_file, run.path / "checkpoint.pt", content)
+            content |= {"optimizer": optimizer.state_dict(), "iteration": iteration, "recent": list(recent)}
+            run.attempt("checkpoint.pt", write_file, run.path / "checkpoint.pt", content | {"ranks": ranks})
 
     batch = Batch.allocate(batch_size, first_obs.shape, device)
     step_on = partial(update, agent, optimizer, batch, args=args, ent_coef=ent_coef)
-    if on_gpu and args.world_size == 1:
+    if on_gpu and args.cuda_graph and args.world_size == 1:
         step_on = cuda_graph(step_on, torch.arange(minibatch_size, device=device), agent, optimizer)
-        for tensor in storage:  # page-locked memory is copied to the GPU while the learner goes on
-            torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    for tensor in storage if on_gpu else ():  # page-locked memory is copied while the learner goes on
+        torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
 
     stop = torch.zeros((), dtype=torch.int64)  # the number of the signal that asks for an end
 
@@ -1258,10 +1236,8 @@ def train(args: argparse.Namespace) -> int:
             for _ in range(args.update_epochs):
                 rows = torch.randperm(batch_size, generator=shuffler).to(device, non_blocking=True)  # [core 6]
                 totals += map(step_on, rows.split(minibatch_size))
-                if (
-                    args.target_kl is not None
-                    and all_mean(totals[-1][STATS.index("approx_kl")].clone()) > args.target_kl
-                ):
+                approx_kl = totals[-1][STATS.index("approx_kl")].clone()
+                if args.target_kl is not None and all_mean(approx_kl) > args.target_kl:
                     break
 
             # LOGGING

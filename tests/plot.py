@@ -23,7 +23,7 @@ def curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array([event.step for event in events]), (returns[last] - returns[first]) / (last - first)
 
 
-def main(out: str, *runs: str) -> None:
+def main(out: str | Path, *runs: str | Path) -> None:
     figure, axes = plt.subplots(figsize=(5, 3), dpi=120)
     for run in map(Path, runs):
         steps, means = curve(run)
