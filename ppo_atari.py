@@ -1242,6 +1242,7 @@ def train(args: argparse.Namespace) -> int:
 
             # LOGGING
             means = all_mean(torch.stack(totals).mean(0)).tolist()
+            explained_variance = all_mean(1 - (returns - values[:-1]).var() / returns.var())
             if not all(map(math.isfinite, means)):
                 raise RunError(f"iteration {iteration}: the loss is not finite; the last checkpoint is kept")
             for t, _, score, length in sorted(sum(gather(sum((games for games, _ in played), [])), [])):
@@ -1252,7 +1253,7 @@ def train(args: argparse.Namespace) -> int:
             step, now, last = iteration * args.batch_size, time.perf_counter(), iteration == args.num_iterations
             if run:
                 scalars = {f"losses/{name}": mean for name, mean in zip(STATS, means)}
-                scalars["losses/explained_variance"] = float(1 - (returns - values[:-1]).var() / returns.var())
+                scalars["losses/explained_variance"] = float(explained_variance)
                 scalars |= {"charts/learning_rate": float(learning_rate), "charts/ent_coef": float(ent_coef)}
                 scalars["charts/SPS"] = args.batch_size / (now - started)
                 for work in ("environment", "inference"):
