@@ -18,15 +18,20 @@ REFERENCE = Path(__file__).resolve().parents[1] / "runs" / "reference"
 
 
 def thin(run: Path, target: Path, every: int = 10_000) -> None:
-    """Writes the mean of each scalar over each stretch of steps, at the stretch's last step and time."""
+    """Writes the mean of each scalar over each stretch of steps, at its last step and time; evaluations whole."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     writer = SummaryWriter(str(target))
     for tag in events.Tags()["scalars"]:
         points = events.Scalars(tag)
         for stretch in sorted({point.step // every for point in points}):
             chosen = [point for point in points if point.step // every == stretch]
-            mean = np.mean([point.value for point in chosen])
-            writer.add_scalar(tag, mean, chosen[-1].step, walltime=chosen[-1].wall_time)
+            values = [point.value for point in chosen]
+            writer.add_scalar(
+                tag,
+                values[-1] if tag.startswith("eval/") else np.mean(values),
+                chosen[-1].step,
+                walltime=chosen[-1].wall_time,
+            )
     writer.close()
 
 
