@@ -107,5 +107,7 @@ def test_readme_names_every_flag_that_exists_and_no_other():
     flags = {"--" + name.replace("_", "-") for name in parse_args([]).flags}
     named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "README.md").read_text()))
     others = {"--logdir", "--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--help"}
-    others |= {"--device", "--scaling", "--flag", "--no-flag"} | {flag.replace("--", "--no-", 1) for flag in flags}
+    others |= {"--device", "--scaling", "--iterations", "--flag", "--no-flag"} | {
+        flag.replace("--", "--no-", 1) for flag in flags
+    }
     assert flags <= named and named <= flags | others
