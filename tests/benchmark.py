@@ -4,7 +4,7 @@ Prints tables in Markdown: environments alone, inference alone, update alone, th
 processes (proportional set size) and the time from the command to the end of the first rollout. It does so for each
 precision and, if installed, for Stable-Baselines3 with the same hyperparameters (pip install
 "stable-baselines3[extra]==2.9.2"). The variants take turns, and each figure is the median of the repeats. With
---scaling, it also prints how the whole loop grows with --num-envs and --num-workers. Rates are steps/s: one step is
+--scaling, it prints instead how the whole loop grows with --num-envs and --num-workers. Rates are steps/s: one step is
 four emulator frames. Takes about ten minutes.
 """
 
@@ -198,14 +198,25 @@ def table(title: str, columns: list[str], rows: dict[str, dict[str, float]]) -> 
         )
 
 
+def scaling(device: str) -> None:
+    rows: dict[str, dict[str, float]] = {}
+    for num_envs in (8, 16, 32, 64):
+        for workers in (0, 1, 2, 4):
+            result = whole_loop(THIS_SCRIPT, train_flags(6, device, num_envs, "--num-workers", str(workers)))
+            rows.setdefault(f"{num_envs} environments", {})[f"{workers} workers"] = result["whole loop"]
+    table("whole loop, steps/s", [f"{workers} workers" for workers in (0, 1, 2, 4)], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=16, help="of each whole loop")
-    parser.add_argument("--scaling", action="store_true", help="the whole loop by --num-envs and --num-workers, too")
+    parser.add_argument("--scaling", action="store_true", help="only the whole loop, by --num-envs and --num-workers")
     options = parser.parse_args()
     device, iterations = options.device, options.iterations
+    if options.scaling:
+        return scaling(device)
 
     variants = {
         "float32": (THIS_SCRIPT, train_flags(iterations, device, 8, "--precision", "float32")),
@@ -240,15 +251,6 @@ def main() -> None:
     columns = ["inference alone", "update alone", "whole loop", "peak memory, MB", "first rollout after, s"]
     nan = dict.fromkeys(columns, float("nan"))
     table("training", columns, {name: nan | medians[name] for name in variants})
-    if options.scaling:
-        rows: dict[str, dict[str, float]] = {}
-        for num_envs in (8, 16, 32, 64):
-            for workers in (0, 1, 2, 4):
-                flags = train_flags(6, device, num_envs, "--num-workers", str(workers))
-                rows.setdefault(f"{num_envs} environments", {})[f"{workers} workers"] = whole_loop(THIS_SCRIPT, flags)[
-                    "whole loop"
-                ]
-        table("whole loop, steps/s", [f"{workers} workers" for workers in (0, 1, 2, 4)], rows)
 
 
 if __name__ == "__main__":
