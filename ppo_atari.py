@@ -1236,9 +1236,10 @@ def train(args: argparse.Namespace) -> int:
             for _ in range(args.update_epochs):
                 rows = torch.randperm(batch_size, generator=shuffler).to(device, non_blocking=True)  # [core 6]
                 totals += map(step_on, rows.split(minibatch_size))
-                approx_kl = totals[-1][STATS.index("approx_kl")].clone()
-                if args.target_kl is not None and all_mean(approx_kl) > args.target_kl:
-                    break
+                if args.target_kl is not None:
+                    approx_kl = all_mean(totals[-1][STATS.index("approx_kl")].clone())
+                    if approx_kl > args.target_kl:
+                        break
 
             # LOGGING
             means = all_mean(torch.stack(totals).mean(0)).tolist()
