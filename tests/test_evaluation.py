@@ -27,7 +27,6 @@ TRAIN = ["--env-id", GAME, "--num-envs", "2", "--num-steps", "16", "--frame-size
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The directory of a finished run of three iterations without any evaluation."""
-    torch.set_num_threads(1)  # as for the tests, which come later
     with chdir(tmp_path_factory.mktemp("trained")):
         assert ppo_atari.main([*TRAIN, "--eval-episodes", "0"]) == 0
         return run_directory(Path.cwd())
