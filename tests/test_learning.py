@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ppo_atari import Agent, average_gradients, compute_gae, parse_args, ppo_loss
+from ppo_atari import Agent, Batch, compute_gae, parse_args, update
 
 
 class Blocks:
@@ -55,21 +55,12 @@ def learn(sign: float, n: int = 8, rank: int = 0, iterations: int = 40, num_step
         advantages, returns = compute_gae(
             rewards, torch.stack(values), torch.stack(dones), next_value, done, args.gamma, args.gae_lambda
         )
-        data = [torch.cat(x) for x in (obs, actions, log_probs, values)] + [
-            sign * advantages.flatten(),
-            returns.flatten(),
-        ]
+        pixels = torch.cat(obs).permute(0, 2, 3, 1).contiguous()
+        rest = [torch.cat(x) for x in (actions, log_probs, values)]
+        batch = Batch(pixels, *rest, sign * advantages.flatten(), returns.flatten())
         for _ in range(args.update_epochs):
             for i in torch.randperm(n * num_steps).split(n * num_steps // 4):
-                o, a, old_log_prob, old_value, advantage, return_ = (x[i] for x in data)
-                _, log_prob, entropy, value = agent.get_action_and_value(o, a)
-                loss, _ = ppo_loss(log_prob, entropy, value, old_log_prob, old_value, advantage, return_, args)
-                optimizer.zero_grad()
-                loss.backward()
-                if torch.distributed.is_initialized():
-                    average_gradients(agent)
-                torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
+                update(agent, optimizer, batch, i, args, args.ent_coef)
         earned.append(rewards.mean().item())
     return sum(earned[-5:]) / 5
 
