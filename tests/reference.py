@@ -6,6 +6,7 @@ matplotlib) and agent.pt with the networks' weights in bfloat16, which is what -
 
 import shutil
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,10 @@ def thin(run: Path, target: Path, every: int = 10_000) -> None:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     writer = SummaryWriter(str(target))
     for tag in events.Tags()["scalars"]:
-        points = events.Scalars(tag)
-        for stretch in sorted({point.step // every for point in points}):
-            chosen = [point for point in points if point.step // every == stretch]
-            values = [point.value for point in chosen]
-            writer.add_scalar(
-                tag,
-                values[-1] if tag.startswith("eval/") else np.mean(values),
-                chosen[-1].step,
-                walltime=chosen[-1].wall_time,
-            )
+        for _, stretch in groupby(events.Scalars(tag), lambda point: point.step // every):
+            points = list(stretch)
+            value = points[-1].value if tag.startswith("eval/") else np.mean([point.value for point in points])
+            writer.add_scalar(tag, value, points[-1].step, points[-1].wall_time)
     writer.close()
 
 
