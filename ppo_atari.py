@@ -1310,6 +1310,7 @@ def evaluate(args: argparse.Namespace) -> int:
         raise UsageError(f"the weights in {path} do not fit {args.env_id} and these flags") from None
     agent.dtype = choose_dtype(args, torch.device("cpu"))
     agent = inference_copy(agent)
+    torch.set_num_threads(1)  # as in Player.rollout; and waiting threads spin, which starves a training next to it
     if args.play:
         (score, length), *_ = play_games(args, agent, 1, mode="human")
         print(f"score {score:g} in {length} steps")
