@@ -960,7 +960,10 @@ def load_file(path: Path, *keys: str) -> dict[str, Any]:
 
 
 class RunDirectory:
-    """What a run writes. A write that fails (a full disk) is reported once and lets the training go on."""
+    """What a run writes. A write that fails (a full disk) is reported once and lets the training go on.
+
+    Raises UsageError if nothing can be written here to begin with.
+    """
 
     def __init__(self, path: Path, step: int = 0):
         from torch.utils.tensorboard import SummaryWriter  # here, because the workers do without it
@@ -968,8 +971,12 @@ class RunDirectory:
         self.path, self.failed = path, False
         hook = threading.excepthook  # what TensorBoard's own thread cannot write, attempt() reports
         threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
-        # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap.
-        self.writer = SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap.
+            self.writer = SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
+        except OSError as error:
+            raise UsageError(f"cannot write to {path}: {error.strerror}") from None
 
     def attempt(self, what: str, function: Callable, *args: Any) -> None:
         try:
@@ -1052,7 +1059,7 @@ def play_games(
     while playing := [i for i in range(num_games) if i not in results]:
         uniform = torch.tensor([generators[i].random() for i in playing], dtype=torch.float32)
         if agent is None:
-            actions = (uniform * envs[0].action_space.n).long()
+            actions = (uniform * envs[0].action_space.n).long().clamp_(max=envs[0].action_space.n - 1)
         else:
             batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
             with torch.inference_mode():
@@ -1103,15 +1110,12 @@ def open_run(args: argparse.Namespace, device: torch.device, step: int) -> RunDi
     about = {
         "flags": args.flags,
         "versions": {module.__name__: module.__version__ for module in (ale_py, cv2, gym, np, torch)},
-        "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "device": str(device)},
     }
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_file(path / "args.json", json.dumps(about, indent=1).encode())
-        run = RunDirectory(path, step)
-    except OSError as error:
-        raise UsageError(f"cannot write to {path}: {error.strerror}") from None
+    with suppress(OSError):  # not every machine has git
+        about["git"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    run = RunDirectory(path, step)
+    run.attempt("args.json", write_file, path / "args.json", json.dumps(about, indent=1).encode())
     print(f"run directory: {path}", flush=True)
     return run
 

@@ -1,5 +1,6 @@
 """See it: evaluation, videos, TensorBoard, playing and tracking."""
 
+import argparse
 import io
 import json
 import re
@@ -172,6 +173,21 @@ def test_foreign_agent_is_refused(what, run, capfd):
     assert path.name in refusal(capfd, "--evaluate", run)
     assert path.name in refusal(capfd, "--evaluate", path)
     assert not (run / "eval.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_evaluating_where_nothing_can_be_written(run, capfd):
+    """One line says so: eval.json goes beside the agent, and not even root can write into this directory."""
+    with open(run / "agent.pt", "rb") as file:
+        assert "cannot write" in refusal(capfd, "--evaluate", f"/proc/self/fd/{file.fileno()}")
+
+
+def test_largest_random_number(run, capfd, monkeypatch):
+    """The largest double below 1 is 1 as a float32. It must still choose an action, of a policy or at random."""
+    generator = argparse.Namespace(random=lambda: 1 - 2.0**-53)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: generator)
+    code, _, error = here(capfd, "--evaluate", run, "--eval-episodes", 1)
+    assert code == 0, error
 
 
 def test_tracking_without_wandb(tmp_path, capfd, monkeypatch):

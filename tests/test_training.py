@@ -50,6 +50,15 @@ def test_same_seed_same_weights(flags, reference, tmp_path, monkeypatch):
     assert same_weights(weights(trained(tmp_path / "run", monkeypatch, *flags)), weights(reference))
 
 
+def test_no_git(reference, tmp_path, monkeypatch):
+    """Training needs no git: slim container images have none."""
+    monkeypatch.setenv("PATH", "")
+    run = trained(tmp_path / "run", monkeypatch, "--num-workers", "0")
+    assert same_weights(weights(run), weights(reference))
+    about, without = (json.loads((path / "args.json").read_text()) for path in (reference, run))
+    assert about.keys() - without.keys() == {"git"}
+
+
 def test_another_seed_gives_other_weights(reference, tmp_path, monkeypatch):
     other = weights(trained(tmp_path / "run", monkeypatch, "--num-workers", "0", "--seed", "2"))
     assert all(not torch.equal(other[name], tensor) for name, tensor in weights(reference).items())
