@@ -104,6 +104,33 @@ def test_returns_in_tensorboard_are_full_games(tmp_path, monkeypatch):
     assert len(returns) > 5 and sorted(returns) == sorted(scores) and max(returns) > 1
 
 
+@pytest.mark.parametrize("limit", [0.01, 1e9])
+def test_first_step_is_adam_on_the_clipped_gradient(limit, tmp_path, monkeypatch):
+    """[core 11] The gradient of all parameters together gets at most this norm; [core 3] Adam's epsilon is 1e-5."""
+    seen, update = [], ppo_atari.update
+
+    def flat(tensors):
+        return torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
+
+    def watched(agent, optimizer, batch, i, args, ent_coef):
+        old = (batch.log_probs[i], batch.values[i], batch.advantages[i], batch.returns[i])
+        loss, _ = ppo_atari.ppo_loss(*batch.evaluate(agent, i), *old, args)
+        gradient, before = flat(torch.autograd.grad(loss, list(agent.parameters()))), flat(agent.parameters())
+        stats = update(agent, optimizer, batch, i, args, ent_coef)
+        seen.append((gradient, before, flat(agent.parameters()), stats[ppo_atari.STATS.index("grad_norm")].item()))
+        return stats
+
+    monkeypatch.setattr(ppo_atari, "update", watched)
+    flags = ["--num-workers", "0", "--precision", "float32", "--max-grad-norm", str(limit), "--total-timesteps", "128"]
+    trained(tmp_path / "run", monkeypatch, *flags)
+    gradient, before, after, grad_norm = seen[0]
+    norm = gradient.square().sum().sqrt()
+    assert norm > 0.02 and grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    gradient = gradient * min(1, limit / norm)
+    # In Adam's first step, the bias-corrected moments are the gradient and its square (Kingma and Ba, 2015).
+    torch.testing.assert_close(after - before, -2.5e-4 * gradient / (gradient.abs() + 1e-5), rtol=1e-3, atol=3e-8)
+
+
 def test_a_worker_that_dies_ends_the_run(tmp_path):
     """kill -9 of a worker: exit code 1, a message that names it, no process left."""
     process = start(*FLAGS, "--num-workers", "2", cwd=tmp_path)
