@@ -42,7 +42,7 @@ class ScriptedGame(gym.Env):
 
 
 def test_noops_are_single_frames_from_1_to_30_and_uniform():
-    env = p.NoopResetEnv(gym.make("BreakoutNoFrameskip-v4", frameskip=1))
+    env = make_env(args_for("ALE/Breakout-v5", "--no-fire-reset", "--no-episodic-life"))
     env.reset(seed=3)
     counts = np.zeros(31, int)
     for _ in range(300):
