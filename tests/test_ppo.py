@@ -3,6 +3,7 @@
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -149,6 +150,19 @@ def test_every_sample_is_used_once_per_epoch_and_flags_reach_the_loop(tmp_path, 
     assert logged == pytest.approx(explained, rel=1e-3)
 
 
+def test_a_rollout_is_valued_by_what_the_next_one_starts_with(tmp_path, monkeypatch):
+    """With a learning rate of nothing, the value behind the last step is that of the next rollout's first step."""
+    monkeypatch.chdir(tmp_path)
+    calls, gae = [], p.compute_gae
+    monkeypatch.setattr(p, "compute_gae", lambda *args: calls.append([t.clone() for t in args[:5]]) or gae(*args))
+    flags = [*FLAGS, "--num-steps", "2", "--num-minibatches", "1", "--update-epochs", "1"]
+    assert p.main([*flags, "--total-timesteps", "640", "--learning-rate", "1e-30"]) == 0
+    for (_, _, _, next_value, next_done), (_, values, dones, _, _) in pairwise(calls):
+        assert torch.equal(next_value, values[0]) and torch.equal(next_done, dones[0])
+        assert not torch.equal(next_value, values[1])
+    assert torch.stack([call[4] for call in calls]).unique().tolist() == [0, 1]
+
+
 def test_target_kl_ends_the_epochs(tmp_path, monkeypatch):
     """Checked after each epoch: a tiny target leaves one epoch of four."""
     monkeypatch.chdir(tmp_path)
@@ -258,14 +272,34 @@ class TwoEnds(gym.Env):
         return self.observe(), 0.0, self.t == 3 and not self.truncates, self.t == 3 and self.truncates, {}
 
 
-def test_truncation_is_bootstrapped_and_termination_is_not():
-    torch.manual_seed(4)
-    agent = p.Agent(3, 4, 36)
+def two_ends(agent, num_steps):
+    """A rollout in both kinds of TwoEnds, with a discount of 0.9."""
     envs = p.SyncVectorEnv([lambda: TwoEnds(False), lambda: TwoEnds(True)], autoreset_mode=p.AutoresetMode.SAME_STEP)
-    storage = p.Storage.allocate(4, 2, (4, 36, 36))
+    storage = p.Storage.allocate(num_steps, 2, (4, 36, 36))
     storage.obs[-1] = torch.from_numpy(envs.reset()[0])
     storage.dones[-1] = 1
     p.rollout(agent, envs, storage, [np.random.default_rng(i) for i in range(2)], 0.9, 2)
+    return storage
+
+
+def test_actions_are_drawn_from_the_policy():
+    """A policy that ignores its observation: as often as it says, in both environments, independently."""
+    agent, probs = p.Agent(3, 4, 36), torch.tensor([0.5, 0.3, 0.2])
+    with torch.no_grad():
+        agent.actor.weight.zero_()
+        agent.actor.bias.copy_(probs.log())
+    storage = two_ends(agent, 1000)
+    torch.testing.assert_close(storage.log_probs, probs.log()[storage.actions])
+    counts = torch.bincount((3 * storage.actions[:, 0] + storage.actions[:, 1]), minlength=9)
+    expected = 1000 * torch.outer(probs, probs).flatten()
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < 26.1  # 8 degrees of freedom: exceeded once in a thousand seeds, and these are fixed
+
+
+def test_truncation_is_bootstrapped_and_termination_is_not():
+    torch.manual_seed(4)
+    agent = p.Agent(3, 4, 36)
+    storage = two_ends(agent, 4)
     with torch.no_grad():
         black, white = agent.get_value(torch.stack([torch.full((4, 36, 36), v, dtype=torch.uint8) for v in (0, 255)]))
     assert abs(white - black) > 0.01
