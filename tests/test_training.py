@@ -85,8 +85,8 @@ def test_what_a_run_writes(reference):
 
 
 def test_returns_in_tensorboard_are_full_games(tmp_path, monkeypatch):
-    """Each episodic return is the score that the emulator itself counted in one game, over all its lives."""
-    scores, running = [], {}
+    """Each is the score that the emulator itself counted in one game, over all its lives, at the step of its end."""
+    scores, running, ends = [], {}, []
 
     class CountingSkip(ppo_atari.MaxAndSkipEnv):
         def step(self, action):
@@ -96,11 +96,22 @@ def test_returns_in_tensorboard_are_full_games(tmp_path, monkeypatch):
                 scores.append(running.pop(id(self)))
             return result
 
+    class CountingStack(ppo_atari.FrameStack):
+        steps = 0
+
+        def step(self, action):
+            result = super().step(action)
+            self.steps += 8  # one in each of the environments
+            if self.unwrapped.ale.game_over():
+                ends.append(self.steps)
+            return result
+
     monkeypatch.setattr(ppo_atari, "MaxAndSkipEnv", CountingSkip)
+    monkeypatch.setattr(ppo_atari, "FrameStack", CountingStack)
     flags = ["--num-workers", "0", "--num-steps", "64", "--total-timesteps", "4096"]
     run = trained(tmp_path / "run", monkeypatch, *flags)
-    returns = [value for _, value in curves(run)["charts/episodic_return"]]
-    assert len(curves(run)["charts/episodic_length"]) == len(returns)
+    steps, returns = zip(*curves(run)["charts/episodic_return"])
+    assert list(steps) == sorted(ends) == [step for step, _ in curves(run)["charts/episodic_length"]]
     assert len(returns) > 5 and sorted(returns) == sorted(scores) and max(returns) > 1
 
 
