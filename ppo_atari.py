@@ -965,7 +965,7 @@ class RunDirectory:
     Raises UsageError if nothing can be written here to begin with.
     """
 
-    def __init__(self, path: Path, step: int = 0):
+    def __init__(self, path: Path, step: int = 0, about: dict | None = None):
         from torch.utils.tensorboard import SummaryWriter  # here, because the workers do without it
 
         self.path, self.failed = path, False
@@ -973,6 +973,8 @@ class RunDirectory:
         threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            if about:
+                write_file(path / "args.json", json.dumps(about, indent=1).encode())
             # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap.
             self.writer = SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
         except OSError as error:
@@ -1114,8 +1116,7 @@ def open_run(args: argparse.Namespace, device: torch.device, step: int) -> RunDi
     }
     with suppress(OSError):  # not every machine has git
         about["git"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    run = RunDirectory(path, step)
-    run.attempt("args.json", write_file, path / "args.json", json.dumps(about, indent=1).encode())
+    run = RunDirectory(path, step, about)
     print(f"run directory: {path}", flush=True)
     return run
 

@@ -1,6 +1,5 @@
 """See it: evaluation, videos, TensorBoard, playing and tracking."""
 
-import argparse
 import io
 import json
 import re
@@ -8,6 +7,7 @@ import shutil
 import sys
 from contextlib import chdir
 from pathlib import Path
+from types import SimpleNamespace
 
 import ale_py
 import cv2
@@ -184,7 +184,7 @@ def test_evaluating_where_nothing_can_be_written(run, capfd):
 
 def test_largest_random_number(run, capfd, monkeypatch):
     """The largest double below 1 is 1 as a float32. It must still choose an action, of a policy or at random."""
-    generator = argparse.Namespace(random=lambda: 1 - 2.0**-53)
+    generator = SimpleNamespace(random=lambda: 1 - 2.0**-53)
     monkeypatch.setattr(np.random, "default_rng", lambda seed: generator)
     code, _, error = here(capfd, "--evaluate", run, "--eval-episodes", 1)
     assert code == 0, error

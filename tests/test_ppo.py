@@ -113,9 +113,9 @@ FLAGS = ["--num-envs", "2", "--num-steps", "8", "--frame-size", "36", "--num-wor
 
 
 def test_every_sample_is_used_once_per_epoch_and_flags_reach_the_loop(tmp_path, monkeypatch):
-    """Records what the loss is given: samples, learning rates, entropy coefficients; and what is logged of it."""
+    """Records what the loss is given: samples, learning rates, entropy coefficients, clipped gradients' norms."""
     monkeypatch.chdir(tmp_path)
-    batches, coefficients, rates, explained = [], [], [], []
+    batches, coefficients, rates, norms, explained = [], [], [], [], []
     loss, step, gae = p.ppo_loss, torch.optim.Adam.step, p.compute_gae
 
     def recording_loss(*args):
@@ -125,6 +125,8 @@ def test_every_sample_is_used_once_per_epoch_and_flags_reach_the_loop(tmp_path, 
 
     def recording_step(self, *args, **kwargs):
         rates.append(float(self.param_groups[0]["lr"]))
+        gradients = [parameter.grad.flatten() for parameter in self.param_groups[0]["params"]]
+        norms.append(torch.cat(gradients).norm().item())
         return step(self, *args, **kwargs)
 
     def recording_gae(rewards, values, *args):
@@ -135,7 +137,7 @@ def test_every_sample_is_used_once_per_epoch_and_flags_reach_the_loop(tmp_path, 
     monkeypatch.setattr(p, "ppo_loss", recording_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", recording_step)
     monkeypatch.setattr(p, "compute_gae", recording_gae)
-    flags = [*FLAGS, "--total-timesteps", "48", "--update-epochs", "3"]
+    flags = [*FLAGS, "--total-timesteps", "48", "--update-epochs", "3", "--max-grad-norm", "1e-3"]
     assert p.main([*flags, "--ent-coef-final", "0.001", "--no-norm-adv"]) == 0
     assert len(batches) == 3 * 3 * 4 and all(len(batch) == 4 for batch in batches)
     for iteration in range(3):
@@ -146,6 +148,7 @@ def test_every_sample_is_used_once_per_epoch_and_flags_reach_the_loop(tmp_path, 
             assert not torch.equal(epoch, epochs[0])  # shuffled anew
     np.testing.assert_allclose(rates[::12], [2.5e-4, 2.5e-4 * 2 / 3, 2.5e-4 / 3], rtol=1e-6)
     np.testing.assert_allclose(coefficients[::12], [0.01, 0.007, 0.004], rtol=1e-6)
+    assert max(norms) == pytest.approx(1e-3, rel=1e-3)
     logged = [value for _, value in curves(run_directory(tmp_path))["losses/explained_variance"]]
     assert logged == pytest.approx(explained, rel=1e-3)
 

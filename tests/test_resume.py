@@ -248,6 +248,13 @@ def test_unwritable_run_directory(tmp_path):
     assert not living(process.pid)
 
 
+def test_flags_that_cannot_be_written(tiny, tmp_path, capfd):
+    """A run whose args.json is not on the disk could never be resumed: it does not begin."""
+    run = shutil.copytree(tiny, tmp_path / "run")
+    (run / "args.json.tmp").mkdir()
+    assert "cannot write" in refusal(capfd, "--resume", run, "--total-timesteps", 64)
+
+
 def test_loss_that_is_not_finite(tmp_path, capfd, monkeypatch):
     """Stops the run with the number of the iteration; the last good checkpoint stays and can be resumed."""
     monkeypatch.chdir(tmp_path)
