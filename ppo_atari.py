@@ -1,15 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "ale-py==0.12.1",
-#     "gymnasium==1.4.0",
-#     "numpy==2.4.6",
-#     "opencv-python==5.0.0.93",
-#     "pytest==9.2.0",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-# ]
+# dependencies = ["ale-py==0.12.1", "gymnasium==1.4.0", "numpy==2.4.6", "opencv-python==5.0.0.93", "pytest==9.2.0",
+#                 "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1"]
 # ///
 # SPDX-License-Identifier: MIT
 """Proximal Policy Optimization on Atari games, complete in this one file.
@@ -22,40 +14,55 @@
     torchrun --standalone --nproc-per-node=2 ppo_atari.py         several processes; the same on each of two nodes:
     torchrun --nnodes=2 --nproc-per-node=8 --node-rank=<0 or 1> --master-addr=<host> ppo_atari.py --num-envs 128
 
-It follows "Proximal Policy Optimization Algorithms" (Schulman et al., 2017) with openai/baselines' hyperparameters and
+After "Proximal Policy Optimization Algorithms" (Schulman et al., 2017), with openai/baselines' hyperparameters, and
 "The 37 Implementation Details of PPO" (Huang et al., 2022), each marked where it happens: [core 1] to [core 13] and
 [atari 1] to [atari 9]. A step is one decision of the agent, which is four emulator frames.
 
-Sections, each using only what stands above it: 1 arguments, 2 environment (the seven wrappers), 3 agent (the
-Nature-CNN), 4 rollout (policy, step, store, and the worker processes), 5 PPO (advantages and loss), 6 run directory
-(checkpoints, TensorBoard, videos), 7 programs (train, evaluate, play), 8 entry.
+Sections, each using only what stands above it, and the one place for each kind of change:
+1 arguments: a flag, in parse_args. 2 environment: a wrapper, in make_env; what of it changes during a game, in its
+`saved`. 3 agent: a network, in make_agent. 4 rollout: a quantity per step, in rollout_fields, and an output of that
+name from the agent, or a store() in rollout. 5 PPO: the loss and what to log, in ppo_loss; a number that changes during
+training, in make_knobs. 6 run directory. 7 processes. 8 programs: the loop, and state of its own, in train. 9 entry.
 """
+
+import os
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):  # before the imports, which take seconds; workers leave it to the learner
+    _said = b"\nppo_atari.py: stopped at once; what was saved before is kept\n"
+    for _signum in (signal.SIGINT, signal.SIGTERM):
+        _stop = lambda signum, frame: (os.write(2, _said), os._exit(128 + signum))  # noqa: E731
+        signal.signal(_signum, _stop if __name__ == "__main__" else signal.SIG_IGN)
 
 import argparse
 import copy
 import ctypes
 import difflib
+import hashlib
 import io
+import itertools
 import json
 import math
-import os
-import pickle
 import platform
-import signal
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import warnings
+import weakref
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ale_py
 import cv2
@@ -63,25 +70,30 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics
 from torch import Tensor, nn
 from tqdm import tqdm
 
+warnings.formatwarning = lambda message, *about: f"ppo_atari.py: {' '.join(str(message).split())}\n"  # one line each
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from every emulator
 cv2.setNumThreads(1)  # OpenCV's own threads would fight the workers for the cores
-with suppress(AttributeError, TypeError):  # glibc only
-    # Keep freed memory: to get it anew costs every large tensor thousands of page faults.
-    for option, value in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(option, value)
+with suppress(AttributeError, TypeError):  # glibc: keep freed memory, which costs thousands of page faults to get anew
+    for _option, _value in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(_option, _value)
 
 # ----------------------------------------------------------------------------------------------------- 1 arguments
 
-MAY_CHANGE_ON_RESUME = {"total_timesteps", "num_workers", "start_method", "checkpoint_interval", "eval_episodes"}
-MAY_CHANGE_ON_RESUME |= {"eval_interval", "capture_video", "resume"}
-MAY_CHANGE_ON_RESUME |= {"track", "wandb_project_name", "wandb_entity", "wandb_name"}
+Args, Tensors = argparse.Namespace, dict[str, Tensor]
+MACHINE = "machine and files (may change with --resume)"  # flags of these two groups do not make it another run
+LOOKING_ON = "evaluate, film, play, track (may change with --resume)"
+
+
+def say(text: str, file: Any = None) -> None:
+    """Prints at once. Where that fails, as on a full disk, nothing else shall."""
+    with suppress(OSError):
+        print(text, file=file or sys.stdout, flush=True)
 
 
 class UsageError(Exception):
@@ -92,55 +104,55 @@ class RunError(Exception):
     """A run that cannot go on for a known reason: one line on stderr, exit code 1."""
 
 
-def number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
+def refuse(message: str) -> None:
+    raise UsageError(message)
+
+
+def between(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number from low to high, both included. NaN never passes."""
 
     def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
-        return value
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"must be a {what} from {low:.9g} to {high:.9g}, not {text!r}")
 
     return convert
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, checked, plus batch_size, minibatch_size and num_iterations. A mistake exits with code 2.
-
-    With --resume, the flags of the interrupted run are the defaults.
-    """
-    count = number(int, 1, 2**53, "a whole number of at least 1")
-    natural = number(int, 0, 2**53, "a whole number of at least 0")
-    seed = number(int, 0, 2**31 - 1, "a whole number from 0 to 2147483647")
-    probability = number(float, 0, 1, "a number from 0 to 1")
-    positive = number(float, sys.float_info.min, sys.float_info.max, "a finite number above 0")
-    weight = number(float, 0, sys.float_info.max, "a finite number of at least 0")
-    formatter = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=40, width=119)
-    parser = argparse.ArgumentParser("ppo_atari.py", None, __doc__.split("\n")[0], formatter_class=formatter)
-    parser.print_usage = lambda file=None: None  # a mistake is answered with one line
+def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "") -> Args:
+    """The flags, checked, plus batch_size, minibatch_size and num_iterations. A mistake exits with code 2. saved: an
+    earlier run's flags, from the file `source` (--resume: its args.json). They pass the same checks and count where
+    argv says nothing, except those of the machine and of looking on; one that is missing has its default."""
+    argv, about, title_of = sys.argv[1:] if argv is None else argv, __doc__.split("\n")[0], {}
+    count, natural, probability = between(int, 1, 2**20), between(int, 0, 2**53), between(float, 0, 1)
+    positive, weight = between(float, 1e-37, 1e37), between(float, 0, 1e37)  # what float32 can hold
+    formatter = partial(argparse.HelpFormatter, max_help_position=40, width=119)
+    parser = argparse.ArgumentParser("ppo_atari.py", None, about, formatter_class=formatter, allow_abbrev=False)
+    parser.error = refuse
 
     def flag(name: str, default: Any, kind: Any, help: str) -> None:
-        options: dict[str, Any] = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(kind, tuple):
-            options = {"choices": kind}
+        options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
+        options = {"choices": kind} if isinstance(kind, tuple) else options
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
+        help += "" if default is None else " (default: %(default)s)"
         group.add_argument(f"--{name}", default=default, help=help, **options)
+        title_of[name.replace("-", "_")] = group.title
 
     group = parser.add_argument_group("run (a step is one decision of the agent: 4 emulator frames by default)")
     flag("env-id", "ALE/Breakout-v5", str, "ALE/<Game>-v5 (sticky actions) or <Game>NoFrameskip-v4 (none)")
-    flag("seed", 1, seed, "of weights, games, actions and shuffling")
-    flag("total-timesteps", 10_000_000, count, "length of the run, in steps")
+    flag("seed", 1, between(int, 0, 2**31 - 1), "of weights, games, actions and shuffling")
+    flag("total-timesteps", 10_000_000, between(int, 1, 2**53), "length of the run, in steps; may grow with --resume")
     flag("exp-name", "ppo_atari", str, "goes into the name of the run directory")
-    flag("torch-deterministic", True, bool, "deterministic algorithms on a GPU too")
+    flag("precision", "auto", ("auto", "float32", "bfloat16"), "of the network; auto: bfloat16 where hardware has it")
+    flag("inference-batch", None, count, "games per policy call (default: the share of one default worker)")
+
+    group = parser.add_argument_group(MACHINE)
     flag("cuda", True, bool, "use a GPU if there is one")
     flag("cuda-graph", True, bool, "on a GPU, launch each update as one graph (in one process only)")
-    flag("precision", "auto", ("auto", "float32", "bfloat16"), "of the network; auto: bfloat16 where hardware has it")
-    flag("num-workers", None, natural, "rollout processes, 0: none (default: one per core, at most one per game)")
-    flag("inference-batch", None, count, "games per policy call, 1 or 4n (default: the share of one default worker)")
+    flag("torch-deterministic", True, bool, "deterministic algorithms on a GPU too")
+    flag("num-workers", None, between(int, 0, 1024), "rollout processes, 0: none (default: one per core and game)")
     flag("start-method", "fork" if sys.platform == "linux" else "spawn", ("fork", "spawn"), "of the workers")
     flag("resume", None, str, "go on with the run in this directory, with its flags")
     flag("checkpoint-interval", 300, natural, "iterations from one checkpoint to the next; 0: only at the end")
@@ -163,21 +175,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("max-grad-norm", 0.5, positive, "clip the global gradient norm to this")
     flag("target-kl", None, positive, "end an update after the epoch whose approximate KL exceeds this")
 
-    group = parser.add_argument_group("the nine Atari details")
-    flag("noop-max", 30, natural, "a game starts after 1 to N frames of doing nothing; 0: at once")
-    flag("frame-skip", 4, count, "emulator frames per step")
+    group = parser.add_argument_group("the nine Atari details, and the protocol of Machado et al. (2018)")
+    flag("noop-max", 30, between(int, 0, 10_000), "a game starts after 1 to N frames of doing nothing; 0: at once")
+    flag("frame-skip", 4, between(int, 1, 120), "emulator frames per step")
     flag("episodic-life", True, bool, "a lost life ends the episode, not the game")
     flag("fire-reset", True, bool, "press FIRE to start, in games that have it")
-    flag("frame-size", 84, count, "side of the image in pixels: 8m + 4, at least 36")
+    flag("frame-size", 84, between(int, 1, 1020), "side of the image in pixels: 8m + 4, at least 36")
     flag("clip-reward", True, bool, "learn from the sign of the reward")
-    flag("frame-stack", 4, count, "frames that the agent sees at once")
+    flag("frame-stack", 4, between(int, 1, 64), "frames that the agent sees at once")
     flag("shared-network", True, bool, "policy and value share the network")
     flag("scale-obs", True, bool, "scale pixels to [0, 1]")
+    flag("full-action-space", False, bool, "all of the console's actions (18, in nearly every game)")
     flag("repeat-action-probability", None, probability, "sticky actions, per frame (default: what the id says)")
 
-    group = parser.add_argument_group("evaluate, film, play, track")
+    group = parser.add_argument_group(LOOKING_ON)
     flag("evaluate", None, str, "play full games with the agent of a run directory or an agent file")
-    flag("eval-episodes", 10, natural, "full games per evaluation; 0: none")
+    flag("output", None, str, "write what --evaluate finds to this directory (default: to the run's, if it is yours)")
+    flag("eval-episodes", 10, between(int, 0, 10_000), "full games per evaluation; 0: none")
     flag("eval-interval", 0, natural, "evaluate every N steps of training as well; 0: only at the end")
     flag("capture-video", False, bool, "film one game of each evaluation")
     flag("play", False, bool, "play yourself; with --evaluate: watch the agent")
@@ -186,84 +200,163 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("wandb-entity", None, str, "team or user")
     flag("wandb-name", None, str, "name of the run (default: the run directory's)")
 
+    free = {name for name, title in title_of.items() if title in (MACHINE, LOOKING_ON)} | {"total_timesteps"}
     missing = object()
-    names = [action.dest for action in parser._actions if action.dest != "help"]
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, missing))))
-    given = {name: value for name, value in given.items() if value is not missing}
     try:
-        if "resume" in given:
-            parser.set_defaults(**flags_to_resume(given))
-        args = parser.parse_args(argv)
-        derive(args)
-        check_env_id(args.env_id)
+        given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(title_of, missing))))
+        given = {name: value for name, value in given.items() if value is not missing}
+        if given.get("resume"):
+            source, saved = str(Path(given["resume"]) / "args.json"), missing
+            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+                saved = json.loads(Path(source).read_text())["flags"]
+        if not isinstance(saved, dict | None):
+            raise UsageError(f"{source} is missing or damaged; give the directory of a run")
+        skipped = {"resume", "evaluate", "output", "play"} if given.get("resume") else free - {"total_timesteps"}
+        before = []  # as a user would type it
+        for name, value in (saved or {}).items():
+            if name not in title_of or (value is None and parser.get_default(name) is not None):
+                raise UsageError(f"{source}: this script has no flag {name!r} with the value {value!r}")
+            typed = name.replace("_", "-")
+            if value is not None and name not in skipped:
+                before += [f"--{'' if value else 'no-'}{typed}" if isinstance(value, bool) else f"--{typed}={value}"]
+        try:
+            derive(earlier := parser.parse_args(before))
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
+        for name, new in given.items() if given.get("resume") else ():
+            old, typed = getattr(earlier, name), name.replace("_", "-")
+            if (name not in free and new != old) or (name == "total_timesteps" and new < old):
+                raise UsageError(f"--resume: --{typed} is {old} in that run and cannot become {new}; leave it out")
+        derive(args := parser.parse_args(before + argv))
     except UsageError as error:
-        parser.error(str(error))
-    args.given, args.flags = tuple(given), {name: getattr(args, name) for name in names}
+        parser.exit(2, f"ppo_atari.py: error: {' '.join(str(error).split())}\n")
+    args.argv, args.flags = argv, {name: getattr(args, name) for name in title_of}
+    args.identity = {name: value for name, value in args.flags.items() if name not in free}
     return args
 
 
-def flags_to_resume(given: dict[str, Any]) -> dict[str, Any]:
-    """The flags of the run that --resume names, after refusing a change that would make it another run."""
-    path = Path(given["resume"]) / "args.json"
-    try:
-        saved = json.loads(path.read_text())["flags"]
-        changed = [name for name in given if name not in MAY_CHANGE_ON_RESUME and saved[name] != given[name]]
-        shrinks = given.get("total_timesteps", saved["total_timesteps"]) < saved["total_timesteps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"--resume: {path} is missing or damaged; give the directory of a run") from None
-    for name in changed + ["total_timesteps"] * shrinks:
-        new, flag = given[name], f"--{name.replace('_', '-')}"
-        raise UsageError(f"--resume: {flag} is {saved[name]} in that run and cannot become {new}; leave it out")
-    return saved
-
-
-def derive(args: argparse.Namespace) -> None:
+def derive(args: Args) -> None:
     """Fills in what follows from the flags and the machine, and checks what one flag alone cannot show."""
-    args.rank, args.local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))  # these are torchrun's
+    for name, default in (("rank", 0), ("local_rank", 0), ("world_size", 1), ("local_world_size", 1)):  # torchrun's
+        setattr(args, name, int(os.environ.get(name.upper(), default)))
+    check_env_id(args.env_id)
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = args.total_timesteps // args.batch_size
-    sizes = f"{args.num_envs} environments x {args.num_steps} steps"
-    if args.num_envs % args.world_size:
-        raise UsageError(f"--num-envs {args.num_envs} cannot be split evenly over {args.world_size} processes")
-    if args.batch_size % (args.num_minibatches * args.world_size):
-        split = f"{sizes} / {args.world_size} processes"
-        raise UsageError(f"--num-minibatches {args.num_minibatches} does not divide {split}")
-    if args.norm_adv and args.minibatch_size < 2 * args.world_size:
-        raise UsageError("a minibatch of one sample has no spread: lower --num-minibatches or give --no-norm-adv")
-    if args.num_iterations < 1:
-        raise UsageError(f"--total-timesteps {args.total_timesteps} is less than one rollout of {sizes}")
-    if args.frame_size < 36 or args.frame_size % 8 != 4:
-        near = max(36, args.frame_size // 8 * 8 + 4)
-        raise UsageError(f"--frame-size must be 8m + 4 and at least 36, such as {near}, not {args.frame_size}")
-    if not args.exp_name or "/" in args.exp_name or "\\" in args.exp_name:
-        raise UsageError("--exp-name becomes part of a directory name: not empty, and no slashes")
-    if args.resume and (args.evaluate or args.play):
-        raise UsageError("--resume trains on; leave out --evaluate and --play")
-    num_envs = args.num_envs // args.world_size
+    sizes, share = f"{args.num_envs} environments x {args.num_steps} steps", f"{args.world_size} processes"
+    pieces, size = args.num_minibatches * args.world_size, args.frame_size
+    for wrong, message in (
+        (args.num_envs % args.world_size, f"--num-envs {args.num_envs} cannot be split evenly over {share}"),
+        (args.batch_size % pieces, f"--num-minibatches {args.num_minibatches} does not divide {sizes} / {share}"),
+        (args.norm_adv and args.batch_size < 2 * pieces, "a minibatch of one sample has no spread: --no-norm-adv"),
+        (args.num_iterations < 1, f"--total-timesteps {args.total_timesteps} is less than one rollout of {sizes}"),
+        (size < 36 or size % 8 != 4, f"--frame-size must be 8m + 4 and at least 36, such as 44 or 84, not {size}"),
+        (not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", args.exp_name), "--exp-name: 1 to 100 characters, and no slashes"),
+        ("" in (args.resume, args.evaluate, args.output), "--resume, --evaluate and --output need a path: it is empty"),
+        (args.resume and (args.evaluate or args.play), "--resume trains on; leave out --evaluate and --play"),
+    ):
+        if wrong:
+            raise UsageError(message)
+    args.local_envs = args.num_envs // args.world_size  # of this process
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), num_envs)
-    args.num_workers = min(workers if args.num_workers is None else args.num_workers, num_envs)
-    share = args.inference_batch or math.ceil(num_envs / workers)
-    args.inference_batch = 1 if share == 1 else math.ceil(share / 4) * 4  # see act()
+    workers = min(max(1, cores // args.local_world_size), args.local_envs)
+    args.workers = min(workers if args.num_workers is None else args.num_workers, args.local_envs)
+    if args.inference_batch is None:  # saved, so that a run that is resumed with other cores stays the same
+        args.inference_batch = math.ceil(args.local_envs / workers)
 
 
 def check_env_id(env_id: str) -> None:
     """Raises UsageError unless the id is registered and is an Atari game with a finite set of actions."""
     try:
-        spec = gym.spec(env_id)
+        spec = gym.spec(env_id)  # imports nothing
     except (gym.error.Error, ImportError, ValueError):
         games = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
-        near = difflib.get_close_matches(env_id, games, n=3, cutoff=0.4) or ["ALE/Breakout-v5", "PongNoFrameskip-v4"]
-        raise UsageError(f"--env-id {env_id!r} is unknown; did you mean {' or '.join(near)}?") from None
-    if spec.entry_point != "ale_py.env:AtariEnv":
-        raise UsageError(f"--env-id {env_id} is not an Atari game; try ALE/Breakout-v5")
-    if spec.kwargs.get("continuous"):
-        raise UsageError(f"--env-id {env_id} has continuous actions; this script needs a finite set of them")
+        near = difflib.get_close_matches(env_id[:50], games, n=3, cutoff=0.4) or games[:1]
+        raise UsageError(f"--env-id {env_id[:50]!r} is unknown; did you mean {' or '.join(near)}?") from None
+    if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs.get("continuous"):
+        raise UsageError(f"--env-id {env_id} is not an Atari game with finitely many actions (no continuous actions)")
 
 
 # --------------------------------------------------------------------------------------------------- 2 environment
+
+
+def pack(value: Any) -> Any:
+    """A copy, for torch.load(weights_only=True), of numbers, text, tensors, NumPy's arrays and generators, torch's
+    generators, whatever has a state_dict, and lists, tuples, deques and dictionaries. Of anything else, UsageError."""
+    if hasattr(value, "state_dict"):
+        return pack(value.state_dict())
+    if isinstance(value, (torch.Generator, np.random.Generator)):
+        return value.get_state() if isinstance(value, torch.Generator) else pack(value.bit_generator.state)
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, (np.ndarray, np.generic)) and np.asarray(value).dtype.kind in "biufc":
+        return {"ndarray": torch.tensor(np.ascontiguousarray(value).reshape(np.shape(value)))}
+    if isinstance(value, dict):
+        return {name: pack(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple, deque)):
+        parts = (list if isinstance(value, deque) else type(value))(map(pack, value))
+        return {"deque": parts, "maxlen": value.maxlen} if isinstance(value, deque) else parts
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    raise UsageError(f"a checkpoint cannot hold a {type(value).__name__}: see pack()")
+
+
+@contextmanager
+def must_fit(what: str) -> Iterator[None]:
+    """Makes a UsageError of whatever goes wrong while something from a file is taken."""
+    try:
+        yield
+    except (UsageError, RunError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{what}: {str(error)[:200]}") from None
+
+
+def revive(kept: Any) -> Any:
+    """The value of which pack() made this, if it has no state of its own."""
+    if isinstance(kept, (list, tuple)):
+        return type(kept)(map(revive, kept))
+    if not isinstance(kept, dict):
+        return kept
+    if kept.keys() == {"ndarray"}:
+        return kept["ndarray"].numpy().copy()[()]  # [()]: a number of NumPy's, if it was one
+    kept = {name: revive(part) for name, part in kept.items()}
+    return deque(kept["deque"], kept["maxlen"]) if kept.keys() == {"deque", "maxlen"} else kept
+
+
+def unpack(current: Any, kept: Any) -> Any:
+    """What pack() kept, put back into `current` if that can be changed in place. ValueError, TypeError ...: no fit."""
+    if hasattr(current, "load_state_dict"):
+        current.load_state_dict(revive(kept))
+    elif isinstance(current, torch.Generator):
+        current.set_state(kept)
+    elif isinstance(current, np.random.Generator):
+        current.bit_generator.state = revive(kept)
+    elif isinstance(current, Tensor):
+        current.copy_(kept.view(current.dtype).view(current.shape))
+    elif isinstance(current, dict):
+        if lost := [name for name, part in current.items() if isinstance(part, Tensor) and name not in kept]:
+            raise ValueError(f"{lost[0]} is missing")
+        parts = {name: unpack(current.get(name), part) for name, part in kept.items()}
+        current.clear()
+        current.update(parts)
+    else:
+        value, kinds = revive(kept), []
+        for x in (current, value):  # all numbers are alike, of Python or of NumPy
+            number = isinstance(x, (int, float, np.generic)) or (isinstance(x, np.ndarray) and x.ndim == 0)
+            kinds.append("number" if number else (type(x), *((x.dtype, x.ndim) if isinstance(x, np.ndarray) else ())))
+        if kinds[0] != kinds[1] and value is not None and current is not None:
+            raise TypeError(f"{type(value).__name__} in place of {type(current).__name__}")
+        if isinstance(current, deque) and value is not None:
+            current.clear()
+            current.extend(value)
+        elif isinstance(current, list) and value is not None:
+            current[:] = value
+        elif isinstance(current, np.ndarray) and current.ndim and np.shape(value) == current.shape:
+            current[...] = value
+        else:
+            return value
+    return current
 
 
 def find_action(env: gym.Env, meaning: str) -> int | None:
@@ -274,9 +367,7 @@ def find_action(env: gym.Env, meaning: str) -> int | None:
 
 def step_in_reset(env: gym.Env, action: int, info: dict) -> tuple[np.ndarray, dict]:
     """One step as part of a reset. Should it end the episode, resets once more and returns the observation after that.
-
-    info["episode"] of a game that ends here is handed on: its score would be lost otherwise.
-    """
+    info["episode"] of a game that ends here is handed on: its score would be lost otherwise."""
     obs, _, terminated, truncated, step_info = env.step(action)
     if terminated or truncated:
         obs, reset_info = env.reset()
@@ -285,10 +376,8 @@ def step_in_reset(env: gym.Env, action: int, info: dict) -> tuple[np.ndarray, di
 
 
 class NoopResetEnv(gym.Wrapper):
-    """[atari 1] Starts each game after 1 to noop_max frames of doing nothing, uniformly (Mnih et al., 2015).
-
-    In Backgammon and VideoCheckers, which have no NOOP, action 0 stands in for it.
-    """
+    """[atari 1] Starts each game after 1 to noop_max frames of doing nothing, uniformly (Mnih et al., 2015). In
+    Backgammon and VideoCheckers, which have no NOOP, action 0 stands in for it."""
 
     def __init__(self, env: gym.Env, noop_max: int = 30):
         super().__init__(env)
@@ -303,16 +392,13 @@ class NoopResetEnv(gym.Wrapper):
 
 class MaxAndSkipEnv(gym.Wrapper):
     """[atari 2] Repeats an action for `skip` frames, sums the rewards and returns the pixelwise maximum of the last two
-    RGB screens [H, W, 3], because the Atari draws some objects in every other frame only (Mnih et al., 2015).
-
-    Drives the emulator directly, so that no more than two screens are drawn. The environment beneath must have
-    frameskip=1. A game that ends within the skip shows its last screen.
-    """
+    RGB screens [H, W, 3], because the Atari draws some objects in every other frame only (Mnih et al., 2015). Drives
+    the emulator itself, to draw two screens only. A game that ends within the skip shows its last screen."""
 
     def __init__(self, env: gym.Env, skip: int = 4):
         super().__init__(env)
         self.ale, self.skip = env.unwrapped.ale, skip
-        self.actions = self.ale.getMinimalActionSet()
+        self.actions = [ale_py.Action[meaning] for meaning in env.unwrapped.get_action_meanings()]
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         ale, reward, screen = self.ale, 0.0, None
@@ -328,11 +414,11 @@ class MaxAndSkipEnv(gym.Wrapper):
 
 
 class EpisodicLifeEnv(gym.Wrapper):
-    """[atari 3] Ends the episode when a life is lost, but resets only when the game is over (Mnih et al., 2015).
+    """[atari 3] Ends the episode when a life is lost, but resets only when the game is over (Mnih et al., 2015). After
+    a lost life, reset() goes on in the same game with one step of doing nothing. reset(seed=...) always starts a new
+    game. A counter that falls to 0 is no lost life: some games (Q*bert) show 0 for a while before they end."""
 
-    After a lost life, reset() goes on in the same game with one step of doing nothing. reset(seed=...) always starts a
-    new game. A counter that falls to 0 is no lost life: some games (Q*bert) show 0 for a while before they end.
-    """
+    saved = ("lives", "game_over")
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -387,6 +473,8 @@ class ClipRewardEnv(gym.RewardWrapper):
 class FrameStack(gym.Wrapper):
     """[atari 7] The last k frames [k, L, L], oldest first; after a reset, the first one k times (Mnih et al., 2015)."""
 
+    saved = ("frames",)
+
     def __init__(self, env: gym.Env, k: int = 4):
         super().__init__(env)
         self.frames = np.zeros((k, *env.observation_space.shape), np.uint8)
@@ -404,23 +492,28 @@ class FrameStack(gym.Wrapper):
         return self.frames.copy(), *rest
 
 
-def make_env(args: argparse.Namespace, render_mode: str | None = None) -> gym.Env:
-    """The full stack, in openai/baselines' order: every program here plays through it.
+for _stateless in (NoopResetEnv, MaxAndSkipEnv, FireResetEnv, WarpFrame, ClipRewardEnv):
+    _stateless.saved = ()  # a wrapper names those of its attributes that change during a game: checkpoints hold them
 
-    Observations are uint8 [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"} appears once per
-    game, when it is really over: return before clipping, length in steps, seconds. Raises UsageError for a bad env_id.
-    """
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """The full stack, in openai/baselines' order: every program here plays through it. Observations are uint8
+    [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"} appears once per game, when it is really
+    over: return before clipping, length in steps, seconds. Raises UsageError for a bad env_id."""
     check_env_id(args.env_id)
     # frameskip=1, always: beneath MaxAndSkipEnv, the -v5 ids would skip 4 frames more and the -v4 ids 2 to 4.
     sticky = args.repeat_action_probability
     kwargs = {} if sticky is None else {"repeat_action_probability": sticky}
-    env = gym.make(args.env_id, frameskip=1, render_mode=render_mode, disable_env_checker=True, **kwargs)
+    kwargs |= {"full_action_space": args.full_action_space, "render_mode": render_mode}
+    env = gym.make(args.env_id, frameskip=1, disable_env_checker=True, **kwargs)
+    env.saved = ()  # gym.make's OrderEnforcing keeps nothing that a game depends on
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.n < 1:
         raise UsageError(f"--env-id {args.env_id} has no finite set of actions")
     if args.noop_max > 0:
         env = NoopResetEnv(env, args.noop_max)
     env = MaxAndSkipEnv(env, args.frame_skip)
     env = RecordEpisodeStatistics(env)  # above the skip, beneath lives and clipping: the score that papers report
+    env.saved = ("episode_returns", "episode_lengths")
     if args.episodic_life:
         env = EpisodicLifeEnv(env)
     if args.fire_reset and find_action(env, "FIRE") is not None:
@@ -431,40 +524,45 @@ def make_env(args: argparse.Namespace, render_mode: str | None = None) -> gym.En
     return FrameStack(env, args.frame_stack)
 
 
-def wrapper_state(env: gym.Env) -> Iterator[tuple[gym.Env, str]]:
-    """The wrappers' attributes that the future of a game depends on."""
-    names = {FrameStack: ("frames",), EpisodicLifeEnv: ("lives", "game_over")}
-    names[RecordEpisodeStatistics] = ("episode_returns", "episode_lengths")
+def saved_attributes(env: gym.Env) -> Iterator[tuple[gym.Env, str]]:
+    """What the wrappers declare with `saved`, base classes included. UsageError for one that declares nothing."""
     while env is not env.unwrapped:
-        yield from ((env, name) for name in names.get(type(env), ()))
+        declared = [vars(part)["saved"] for part in (env, *type(env).__mro__) if "saved" in vars(part)]
+        names = dict.fromkeys(itertools.chain(*declared))
+        if not declared or not all(hasattr(env, name) for name in names):
+            what = "`saved = ()`, or the names of its attributes that change during a game, for checkpoints to hold"
+            refuse(f"{type(env).__name__} needs {what}; on the class or, in make_env, on a stock wrapper's instance")
+        yield from ((env, name) for name in names)
         env = env.env
 
 
 def get_env_state(env: gym.Env) -> dict[str, Any]:
-    """Everything that the future of a game depends on, as plain numbers, bytes, dictionaries and tensors."""
-    values = [getattr(wrapper, name) for wrapper, name in wrapper_state(env)]
-    return {
-        "emulator": env.unwrapped.ale.cloneState(include_rng=True).serialize(),
-        "np_random": env.unwrapped.np_random.bit_generator.state,
-        "wrappers": [torch.tensor(value) if isinstance(value, np.ndarray) else value for value in values],
-    }
+    """Everything that the future of a game depends on, packed."""
+    emulator = env.unwrapped.ale.cloneState(include_rng=True).serialize()
+    wrappers = [pack(getattr(wrapper, name)) for wrapper, name in saved_attributes(env)]
+    return {"emulator": emulator, "np_random": pack(env.unwrapped.np_random), "wrappers": wrappers}
 
 
 def set_env_state(env: gym.Env, state: dict[str, Any]) -> None:
-    """The inverse of get_env_state, for an environment made with the same flags and reset once."""
-    env.unwrapped.ale.reset_game()
-    env.unwrapped.ale.restoreState(ale_py.ALEState(state["emulator"]))
-    env.unwrapped.np_random.bit_generator.state = state["np_random"]
-    for (wrapper, name), value in zip(wrapper_state(env), state["wrappers"]):
-        setattr(wrapper, name, value.numpy().copy() if isinstance(value, Tensor) else value)
+    """The inverse of get_env_state, for an environment made with the same flags and reset once. Raises UsageError. The
+    emulator is native code that trusts these bytes: their length, less the digits of its generators, must be right, but
+    forged ones can do harm."""
+    ale, words = env.unwrapped.ale, re.compile(rb"(?:\d{1,10} ){624}\d{1,3}")
+    with must_fit("the games in the checkpoint do not fit"):
+        mine, its = (words.subn(b"", x) for x in (get_env_state(env)["emulator"], state["emulator"]))
+        if (len(mine[0]), mine[1]) != (len(its[0]), its[1]):
+            raise ValueError("the emulator's state is not of this game")
+        ale.reset_game()
+        ale.restoreState(ale_py.ALEState(state["emulator"]))
+        unpack(env.unwrapped.np_random, state["np_random"])
+        for (wrapper, name), value in zip(saved_attributes(env), state["wrappers"], strict=True):
+            setattr(wrapper, name, unpack(getattr(wrapper, name), value))
 
 
 def forget_last_action(env: gym.Env) -> None:
-    """Makes the emulator's hidden last action a NOOP. Sticky actions repeat it, but no saved state contains it.
-
-    Each rollout starts with this, whether or not a checkpoint follows: so a resumed run sees the game that the
-    uninterrupted one saw. A frame fails to replace the action with the sticky probability p, all n with p^n < 10^-11.
-    """
+    """Makes the emulator's hidden last action a NOOP. Sticky actions repeat it, but no saved state contains it. Each
+    rollout starts with this, whether or not a checkpoint follows: so a resumed run sees the game that the uninterrupted
+    one saw. A frame fails to replace the action with the sticky probability p, all n with p^n < 10^-11."""
     ale, sticky = env.unwrapped.ale, env.unwrapped.spec.kwargs["repeat_action_probability"]
     if sticky > 0:
         state = ale.cloneState(include_rng=True)
@@ -500,88 +598,83 @@ class Flatten(nn.Module):
 
 
 def nature_cnn(frame_stack: int, frame_size: int, scale_obs: bool) -> nn.Sequential:
-    """[atari 8] The convolutional network of Mnih et al. (2015): [B, frame_stack, L, L] to [B, 512]."""
+    """[atari 8] The convolutional network of Mnih et al. (2015): pixels [B, frame_stack, L, L] to [B, 512]."""
+    if frame_size < 36 or frame_size % 8 != 4:
+        raise ValueError(f"frame_size must be 8m + 4 and at least 36, not {frame_size}")
     first = PixelConv2d if scale_obs else nn.Conv2d  # [atari 9]
+    layers = [layer_init(first(frame_stack, 32, 8, stride=4)), nn.ReLU(inplace=True)]
+    layers += [layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(inplace=True)]
+    layers += [layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(inplace=True), Flatten()]
     side = frame_size // 8 - 3  # 8m + 4 -> 2m -> m - 1 -> m - 3
-    return nn.Sequential(
-        layer_init(first(frame_stack, 32, 8, stride=4)),
-        nn.ReLU(inplace=True),
-        layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-        nn.ReLU(inplace=True),
-        layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-        nn.ReLU(inplace=True),
-        Flatten(),
-        layer_init(nn.Linear(64 * side * side, 512)),
-        nn.ReLU(inplace=True),
-    )
+    return nn.Sequential(*layers, layer_init(nn.Linear(64 * side * side, 512)), nn.ReLU(inplace=True))
 
 
 class Agent(nn.Module):
-    """The Nature-CNN with a policy head and a value head. obs is uint8 [B, frame_stack, L, L], L = frame_size = 8m + 4.
+    """A policy head and a value head on networks that map pixels of 0 to 255, [B, *obs_shape], to [B, any width]. By
+    default the heads share one; shared_network=False gives the value head its own [core 13]. obs is uint8."""
 
-    By default the heads share one network; shared_network=False gives the value head its own [core 13].
-    """
-
-    def __init__(
-        self, num_actions: int, frame_stack: int = 4, frame_size: int = 84, shared_network: bool = True,
-        scale_obs: bool = True,
-    ):  # fmt: skip
+    def __init__(self, obs_shape: tuple, num_actions: int, make_network: Callable, shared_network: bool = True):
         super().__init__()
-        if frame_size < 36 or frame_size % 8 != 4:
-            raise ValueError(f"frame_size must be 8m + 4 and at least 36, not {frame_size}")
-        self.network = nature_cnn(frame_stack, frame_size, scale_obs)
-        self.critic_network = None if shared_network else nature_cnn(frame_stack, frame_size, scale_obs)
-        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)  # nearly uniform at first
-        self.critic = layer_init(nn.Linear(512, 1), std=1)
         self.dtype = torch.float32  # of the network's arithmetic; the heads always compute in float32
-        self.to(memory_format=torch.channels_last)  # the first convolution is several times faster in this layout
+        self.network = make_network()
+        self.critic_network = None if shared_network else make_network()
+        with torch.no_grad():  # in eval mode: Dropout would draw random numbers
+            width = self.eval().features(self.network, torch.zeros(1, *obs_shape, dtype=torch.uint8)).shape[1]
+        self.actor = layer_init(nn.Linear(width, num_actions), std=0.01)  # nearly uniform at first
+        self.critic = layer_init(nn.Linear(width, 1), std=1)
+        self.train().to(memory_format=torch.channels_last)  # several times faster in the first convolution
 
-    def features(self, network: nn.Sequential, obs: Tensor) -> Tensor:
-        """float32 [B, 512]."""
+    def features(self, network: nn.Module, obs: Tensor) -> Tensor:
+        """float32 [B, width]."""
         x = obs.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(obs.device.type, self.dtype, enabled=network[0].weight.dtype != self.dtype):
+        if next(network.parameters()).dtype == self.dtype:  # always so in the acting copy
+            return network(x).float()
+        with torch.autocast(obs.device.type, self.dtype):
             return network(x).float()
 
     def get_value(self, obs: Tensor) -> Tensor:
         """The value [B] of each observation."""
         return self.critic(self.features(self.critic_network or self.network, obs)).flatten()
 
-    def get_action_and_value(
-        self, obs: Tensor, action: Tensor | None = None, uniform: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """action int64 [B], its log_prob [B], the policy's entropy [B] and the value [B].
-
-        Without an action, samples one: by inverting the distribution function at uniform [B] in [0, 1), if given.
-        """
+    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None, uniform: Tensor | None = None) -> Tensors:
+        """action int64 [B], its log_prob [B], the policy's entropy [B] and the value [B]. Without an action, samples
+        one: by inverting the distribution function at uniform [B] in [0, 1), if given."""
         hidden = self.features(self.network, obs)
         value = self.critic(hidden).flatten() if self.critic_network is None else self.get_value(obs)
-        log_probs = F.log_softmax(self.actor(hidden), dim=-1)
+        log_probs = self.actor(hidden).log_softmax(-1)
         probs = log_probs.exp()
         if action is None:
             uniform = torch.rand(len(obs), device=obs.device) if uniform is None else uniform
             action = (probs.cumsum(-1) <= uniform[:, None]).sum(-1).clamp_(max=probs.shape[-1] - 1)
         log_prob = log_probs.gather(-1, action[:, None]).squeeze(-1)
-        return action, log_prob, -(probs * log_probs).sum(-1), value
+        return {"action": action, "log_prob": log_prob, "entropy": -(probs * log_probs).sum(-1), "value": value}
 
 
-def inference_copy(agent: Agent) -> Agent:
-    """A copy that acts, in shared memory, with the network's weights kept in the precision it computes in."""
-    clone = copy.deepcopy(agent).requires_grad_(False)
-    for network in (clone.network, clone.critic_network):
-        if network is not None:
-            network.to(agent.dtype)
-    if agent.dtype == torch.float32:  # small batches times the large matrix: twice as fast with its columns contiguous
-        for layer in clone.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.data = layer.weight.t().contiguous().t()
-    return clone.share_memory()
+def make_agent(args: Args, env: gym.Env) -> Agent:
+    """The agent that the flags describe, for this environment. Every program here builds its agent with it."""
+    obs_shape = env.observation_space.shape
+    make_network = partial(nature_cnn, obs_shape[0], obs_shape[1], args.scale_obs)
+    return Agent(obs_shape, int(env.action_space.n), make_network, args.shared_network)
+
+
+def inference_copy(agent: Agent, dtype: torch.dtype) -> Agent:
+    """A copy that acts: in eval mode, with the network's weights kept in the dtype it computes in."""
+    clone = copy.deepcopy(agent).requires_grad_(False).eval()
+    clone.dtype = dtype
+    for network in filter(None, (clone.network, clone.critic_network)):
+        network.to(dtype)
+    for layer in clone.modules() if dtype == torch.float32 else ():
+        if isinstance(layer, nn.Linear):  # small batches times the large matrix: twice as fast with contiguous columns
+            layer.weight.data = layer.weight.t().contiguous().t()
+    return clone
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copies all parameters, rounding to the target's precision."""
-    for old, new in zip(target.parameters(), source.parameters()):
-        old.copy_(new)
+def copy_state(source: nn.Module, target: nn.Module) -> None:
+    """Copies all parameters and buffers, rounding to the target's precision."""
+    for tensors in (nn.Module.parameters, nn.Module.buffers):
+        for new, old in zip(tensors(source), tensors(target), strict=True):
+            old.copy_(new)
 
 
 # ------------------------------------------------------------------------------------------------------- 4 rollout
@@ -589,153 +682,154 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 Game = tuple[int, int, float, int]  # the step of a rollout in which it ended, environment, return, length
 
 
-class Storage(NamedTuple):
-    """One rollout of T steps in N environments, in shared memory. Row T becomes row 0 of the next rollout.
-
-    dones[t] is 1 where observation t starts a new episode; log_probs and values are the acting policy's.
+def rollout_fields(args: Args, env: gym.Env) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a rollout keeps of each step in each environment: name, type and shape. The loss reads the same names.
+    Filled with the agent's outputs of these names, and by store() in rollout(). done: 1 where obs starts an episode.
     """
-
-    obs: Tensor  # uint8 [T + 1, N, frame_stack, L, L]
-    dones: Tensor  # float32 [T + 1, N]
-    values: Tensor  # float32 [T + 1, N]
-    actions: Tensor  # int64 [T, N]
-    log_probs: Tensor  # float32 [T, N]
-    rewards: Tensor  # float32 [T, N]
-
-    @staticmethod
-    def allocate(T: int, N: int, obs_shape: tuple[int, ...]) -> "Storage":
-        shapes = ((T + 1, N, *obs_shape), (T + 1, N), (T + 1, N), (T, N), (T, N), (T, N))
-        dtypes = (torch.uint8, torch.float32, torch.float32, torch.int64, torch.float32, torch.float32)
-        return Storage(*(torch.zeros(s, dtype=d).share_memory_() for s, d in zip(shapes, dtypes)))
-
-    def columns(self, low: int, high: int) -> "Storage":
-        """A view of environments low to high - 1."""
-        return Storage(*(tensor[:, low:high] for tensor in self))
+    fields = {"obs": (torch.uint8, env.observation_space.shape), "action": (torch.int64, ())}
+    return fields | dict.fromkeys(("reward", "done", "log_prob", "value"), (torch.float32, ()))
 
 
-def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """action, log_prob and value [B] for any B, computed in batches of one fixed size.
+def allocate(args: Args, env: gym.Env, actor: nn.Module | None = None) -> Tensors:
+    """Each field of one rollout, [T + 1, N, ...]; row T becomes the next row 0. In shared memory, if there are workers.
+    Raises RunError if there is too little of that: the system would kill the process without a word."""
+    size, fields = (args.num_steps + 1, args.local_envs), rollout_fields(args, env)
+    need = sum(math.prod((*size, *shape)) * dtype.itemsize for dtype, shape in fields.values()) / 2**20
+    need += sum(tensor.nbytes for tensor in actor.state_dict().values()) / 2**20 if actor else 0  # shared as well
+    if args.workers and os.path.exists("/dev/shm") and need + 1 > (free := shutil.disk_usage("/dev/shm").free / 2**20):
+        mend = "enlarge /dev/shm (docker run --shm-size), give --num-workers 0, or lower --num-envs or --num-steps"
+        raise RunError(f"a rollout needs {need:,.0f} MB of shared memory, and {free:,.0f} MB are free: {mend}")
+    storage = {name: torch.zeros((*size, *shape), dtype=dtype) for name, (dtype, shape) in fields.items()}
+    return {name: tensor.share_memory_() if args.workers else tensor for name, tensor in storage.items()}
 
+
+def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> Tensors:
+    """The agent's outputs for any number of observations, computed in batches of one fixed size: 1 or, rounded up, 4n.
     Matrix kernels differ in the last bit from one batch size to another and, where it is no multiple of 4, from row to
-    row. With the size fixed at 1 or such a multiple, it makes no difference how many workers share the environments.
-    """
-    parts = []
+    row. So it makes no difference how many workers share the environments."""
+    batch, parts = 1 if batch == 1 else math.ceil(batch / 4) * 4, []
     for o, u in zip(obs.split(batch), uniform.split(batch)):
         if len(o) < batch:
             o, u = (torch.cat([x, x[:1].expand(batch - len(x), *x.shape[1:])]) for x in (o, u))
-        action, log_prob, _, value = agent.get_action_and_value(o, uniform=u)
-        parts.append((action, log_prob, value))
-    return tuple(torch.cat(part)[: len(obs)] for part in zip(*parts))
+        parts.append(agent.get_action_and_value(o, uniform=u))
+    return {name: torch.cat([part[name] for part in parts])[: len(obs)] for name in parts[0]}
 
 
 @torch.inference_mode()
 def rollout(
-    agent: Agent, envs: SyncVectorEnv, storage: Storage, generators: list[np.random.Generator], gamma: float, batch: int
+    agent: Agent, envs: SyncVectorEnv, storage: Tensors, generators: list[np.random.Generator], args: Args
 ) -> tuple[list[Game], dict[str, float]]:
     """Plays the steps of one rollout in each environment and stores them. envs must have SAME_STEP autoreset.
-
     Environment i samples its actions from generators[i]. Returns the games that ended and the seconds by kind of work.
     """
-    obs, dones, values, actions, log_probs, rewards = storage
-    num_steps, games, seconds = len(actions), [], {"environment": 0.0, "inference": 0.0}
+    num_steps, games, seconds, filled = args.num_steps, [], {"environment": 0.0, "inference": 0.0}, set()
     uniform = torch.from_numpy(np.stack([g.random(num_steps, np.float32) for g in generators], axis=1))
+
+    def store(t: int, **values: Tensor) -> None:
+        """Keeps, as step t of the rollout, those of the values [N, ...] that rollout_fields names."""
+        for name in values.keys() & storage.keys():
+            storage[name][t] = values[name]
+            filled.add(name)
+
     for env in envs.envs:
         forget_last_action(env)
-    obs[0], dones[0] = obs[num_steps], dones[num_steps]
+    store(0, obs=storage["obs"][num_steps], done=storage["done"][num_steps])
     for t in range(num_steps):
         started = time.perf_counter()
-        actions[t], log_probs[t], values[t] = act(agent, obs[t], uniform[t], batch)
+        outputs = act(agent, storage["obs"][t], uniform[t], args.inference_batch)
         inferred = time.perf_counter()
-        next_obs, reward, terminated, truncated, infos = envs.step(actions[t].numpy())
-        obs[t + 1], rewards[t] = torch.from_numpy(next_obs), torch.from_numpy(reward)
-        dones[t + 1] = torch.from_numpy(terminated | truncated)
+        next_obs, reward, terminated, truncated, infos = envs.step(outputs["action"].numpy())
+        next_obs, reward = torch.from_numpy(next_obs), torch.from_numpy(reward).float()
         for i in np.flatnonzero(truncated & ~terminated):  # the time limit is not the game's end: bootstrap
             final_obs = torch.from_numpy(infos["final_obs"][i])[None]
-            rewards[t, i] += gamma * act(agent, final_obs, uniform[t, :1], batch)[2][0]
+            reward[i] += args.gamma * act(agent, final_obs, uniform[t, :1], args.inference_batch)["value"][0]
+        store(t, reward=reward, **outputs)
+        store(t + 1, obs=next_obs, done=torch.from_numpy(terminated | truncated))
         for info in (infos.get("final_info", {}), infos):  # a game can also end within a reset: see step_in_reset
             for i in np.flatnonzero(info.get("_episode", ())):
                 games.append((t, int(i), float(info["episode"]["r"][i]), int(info["episode"]["l"][i])))
         seconds["inference"] += inferred - started
         seconds["environment"] += time.perf_counter() - inferred
-    values[num_steps] = act(agent, obs[num_steps], uniform[0], batch)[2]
+    store(num_steps, **act(agent, storage["obs"][num_steps], uniform[0], args.inference_batch))
+    if missing := sorted(storage.keys() - filled):
+        raise RunError(f"rollout_fields names {missing[0]!r}, but no output of the agent and no store() does")
     return games, seconds
 
 
-class Player:
+class Collector:
     """Environments low to high - 1 of a process and what acts in them; lives in a worker or in the learner itself."""
 
-    def __init__(self, args: argparse.Namespace, agent: Agent, storage: Storage, low: int, high: int):
-        self.args, self.agent, self.storage, self.low = args, agent, storage.columns(low, high), low
+    def __init__(self, args: Args, agent: Agent, storage: Tensors, low: int, high: int):
+        self.args, self.agent, self.first = args, agent, args.rank * args.local_envs + low
+        self.storage = {name: tensor[:, low:high] for name, tensor in storage.items()}
         # Numbered over all processes, so that neither ranks nor workers change the seed of a game.
-        first = args.rank * args.num_envs // args.world_size
-        seeds = [[args.seed, first + i] for i in range(low, high)]
+        seeds = [[args.seed, self.first + i] for i in range(high - low)]
         self.generators = [np.random.default_rng(seed) for seed in seeds]
         make = [lambda: make_env(args)] * len(seeds)
         self.envs = SyncVectorEnv(make, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
         game_seeds = [int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1) for seed in seeds]
-        self.storage.obs[-1] = torch.from_numpy(self.envs.reset(seed=game_seeds)[0])
-        self.storage.dones[-1] = 1
+        self.storage["obs"][-1] = torch.from_numpy(self.envs.reset(seed=game_seeds)[0])
+        self.storage["done"][-1] = 1
 
     def rollout(self) -> tuple[list[Game], dict[str, float]]:
-        threads = torch.get_num_threads()
+        threads, drawn = torch.get_num_threads(), torch.get_rng_state()
         torch.set_num_threads(1)  # a small batch gains nothing from threads, and results must not depend on them
-        batch, gamma = self.args.inference_batch, self.args.gamma
-        games, seconds = rollout(self.agent, self.envs, self.storage, self.generators, gamma, batch)
+        games, seconds = rollout(self.agent, self.envs, self.storage, self.generators, self.args)
         torch.set_num_threads(threads)
-        return [(t, i + self.low, *score) for t, i, *score in games], seconds
+        if not torch.equal(drawn, torch.get_rng_state()):  # each worker has its own, which no checkpoint holds
+            raise RunError("the agent drew from torch's generator while acting: draw from `uniform` instead")
+        return [(t, self.first + i, *score) for t, i, *score in games], seconds
 
     def get_state(self) -> list[dict[str, Any]]:
-        pairs = zip(self.envs.envs, self.generators)
-        return [get_env_state(env) | {"generator": generator.bit_generator.state} for env, generator in pairs]
+        return [get_env_state(e) | {"generator": pack(g)} for e, g in zip(self.envs.envs, self.generators)]
 
     def set_state(self, states: list[dict[str, Any]]) -> None:
         for env, generator, state in zip(self.envs.envs, self.generators, states):
             set_env_state(env, state)
-            generator.bit_generator.state = state["generator"]
+            with must_fit("a generator in the checkpoint does not fit"):
+                unpack(generator, state["generator"])
 
 
-def worker_main(pipe: connection.Connection, *player_args: Any) -> None:
-    """A worker process: makes its Player, then answers calls of its methods until the learner is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the learner decides when to stop
+def worker_main(pipe: connection.Connection, *collector_args: Any) -> None:
+    """A worker process: makes its Collector, then answers calls of its methods, for as long as the learner lives."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # the learner decides when to stop
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     try:
         torch.set_num_threads(1)
-        player, answer = Player(*player_args), None
+        collector, answer = Collector(*collector_args), None
         while True:
             pipe.send((answer, None))
-            while not pipe.poll(1):  # no end of file would come: sister processes hold the pipe's other end, too
-                if not parent_process().is_alive():
-                    return
             method, call_args = pipe.recv()
-            answer = getattr(player, method)(*call_args)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+            answer = getattr(collector, method)(*call_args)
+    except (UsageError, RunError) as error:
+        pipe.send((None, error))
     except Exception:
-        pipe.send((None, traceback.format_exc()))
+        pipe.send((None, RunError(f"a rollout worker failed: {traceback.format_exc()}")))
 
 
 class Workers:
-    """[core 1] The Players of a run, in processes that share the storage and the weights with the learner by memory.
+    """[core 1] The Collectors of a run, in processes that share the storage and the weights with the learner by memory.
+    --num-workers 0 makes one Collector in this process. The results are the same bit for bit."""
 
-    num_workers=0 makes one Player in this process. The results are the same bit for bit.
-    """
-
-    def __init__(self, args: argparse.Namespace, agent: Agent, storage: Storage):
-        bounds = np.linspace(0, storage.actions.shape[1], max(1, args.num_workers) + 1).astype(int).tolist()
-        self.shares, self.processes, self.pipes = list(pairwise(bounds)), [], []
-        self.local = None if args.num_workers else Player(args, agent, storage, *self.shares[0])
+    def __init__(self, args: Args, agent: Agent, storage: Tensors):
+        bounds = np.linspace(0, args.local_envs, max(1, args.workers) + 1).astype(int).tolist()
+        self.shares, self.processes, self.pipes = list(itertools.pairwise(bounds)), [], []
+        # However this process ends: they ignore the signal with which multiprocessing would end them at its exit.
+        self.close = weakref.finalize(self, lambda processes: [(p.kill(), p.join()) for p in processes], self.processes)
+        self.local = None if args.workers else Collector(args, agent, storage, *self.shares[0])
         context = torch.multiprocessing.get_context(args.start_method)
-        for share in self.shares if args.num_workers else ():
+        for share in self.shares if args.workers else ():
             pipe, their_pipe = context.Pipe()
-            player_args = (their_pipe, args, agent, storage, *share)
-            self.processes.append(context.Process(target=worker_main, args=player_args, daemon=True))
+            collector_args = (their_pipe, args, agent.share_memory(), storage, *share)
+            self.processes.append(context.Process(target=worker_main, args=collector_args, daemon=True))
             self.pipes.append(pipe)
             self.processes[-1].start()
             their_pipe.close()
         self.answers()
 
     def call(self, method: str, *lists: list) -> list[Any]:
-        """Calls a method of every Player at once; each list holds one argument per share of the environments."""
+        """Calls a method of every Collector at once; each list holds one argument per share of the environments."""
         if self.local:
             return [getattr(self.local, method)(*(values[0] for values in lists))]
         for pipe, *values in zip(self.pipes, *lists):
@@ -744,53 +838,49 @@ class Workers:
         return self.answers()
 
     def answers(self) -> list[Any]:
-        """What each worker answers. Raises RunError as soon as one fails or dies, and ends the others."""
-        answers, waiting = [None] * len(self.pipes), set(range(len(self.pipes)))
-        while waiting:
-            connection.wait([self.pipes[i] for i in waiting] + [process.sentinel for process in self.processes])
-            for i in sorted(waiting):
-                process, pipe, error = self.processes[i], self.pipes[i], None
-                ended = process.exitcode is not None  # asked before the pipe: its last words may still be in there
+        """What each worker answers. Raises its error as soon as one fails, and RunError as soon as one dies."""
+        answers: dict[int, Any] = {}
+        while waiting := [i for i in range(len(self.pipes)) if i not in answers]:
+            ends = {end: i for i in waiting for end in (self.pipes[i], self.processes[i].sentinel)}
+            for i in {ends[end] for end in connection.wait(ends)}:
                 try:
-                    if pipe.poll():
-                        answers[i], error = pipe.recv()
-                        waiting.discard(i)
-                    elif ended:
-                        error = f"exit code {process.exitcode}"
+                    if not self.pipes[i].poll():  # asked after its end: its last words may still be in there
+                        raise EOFError
+                    answers[i], error = self.pipes[i].recv()
                 except (EOFError, ConnectionResetError):
-                    process.join()
-                    error = f"exit code {process.exitcode}"
+                    self.processes[i].join()
+                    error = RunError(f"rollout worker {i} ended with exit code {self.processes[i].exitcode}")
                 if error:
-                    self.close()
-                    raise RunError(f"rollout worker {i} of {len(self.pipes)} failed: {error}")
-        return answers
+                    raise error
+        return [answers[i] for i in range(len(self.pipes))]
 
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
+    def rollout(self) -> tuple[list[Game], dict[str, float]]:
+        """One rollout in all environments: the games that ended, and the mean seconds by kind of work."""
+        games, seconds = zip(*self.call("rollout"))
+        return sum(games, []), {work: float(np.mean([share[work] for share in seconds])) for work in seconds[0]}
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return sum(self.call("get_state"), [])
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        if len(states) != self.shares[-1][1]:
+            raise ValueError("another number of games")
+        self.call("set_state", [states[low:high] for low, high in self.shares])
 
 
 # ----------------------------------------------------------------------------------------------------------- 5 PPO
 
-STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
-
 
 def compute_gae(
-    rewards: Tensor, values: Tensor, dones: Tensor, next_value: Tensor, next_done: Tensor, gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[core 5] Generalized advantage estimation (Schulman et al., 2016): advantages and returns, both [T, N].
-
-    rewards, values, dones are [T, N]; dones[t] is 1 where observation t starts a new episode; next_value and next_done
-    [N] belong to the observation after the last step.
-    """
-    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(next_value)
+    rewards: Tensor, values: Tensor, dones: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """[core 5] Generalized advantage estimation (Schulman et al., 2016): advantages and returns, both [T, N]. rewards
+    are [T, N], values and dones [T + 1, N]; dones[t] is 1 where observation t starts a new episode."""
+    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(values[0])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_value * (1 - next_done) - values[t]
-        advantages[t] = advantage = delta + gamma * gae_lambda * (1 - next_done) * advantage
-        next_value, next_done = values[t], dones[t]
-    return advantages, advantages + values
+        delta = rewards[t] + gamma * values[t + 1] * (1 - dones[t + 1]) - values[t]
+        advantages[t] = advantage = delta + gamma * gae_lambda * (1 - dones[t + 1]) * advantage
+    return advantages, advantages + values[:-1]
 
 
 def all_mean(tensor: Tensor) -> Tensor:
@@ -802,7 +892,7 @@ def all_mean(tensor: Tensor) -> Tensor:
 
 
 def normalize(advantage: Tensor) -> Tensor:
-    """[core 7] Zero mean and unit standard deviation over the minibatch, which is spread over all processes."""
+    """[core 7] Zero mean and unit standard deviation over the minibatch, of which each process has a share."""
     if not dist.is_initialized():
         return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     centered = advantage - all_mean(advantage.mean())
@@ -810,233 +900,407 @@ def normalize(advantage: Tensor) -> Tensor:
     return centered / ((all_mean(centered.square().mean()) * size / (size - 1)).sqrt() + 1e-8)
 
 
-def ppo_loss(
-    log_prob: Tensor, entropy: Tensor, value: Tensor, old_log_prob: Tensor, old_value: Tensor, advantage: Tensor,
-    return_: Tensor, args: argparse.Namespace, ent_coef: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The loss of one minibatch (Schulman et al., 2017) and its parts; every tensor is [B].
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """[core 12] 1 - Var[returns - values] / Var[returns], over all processes; nan where the returns do not vary."""
+    errors, returns = (x - all_mean(x.mean()) for x in ((returns - values).double(), returns.double()))
+    variance = all_mean(returns.square().mean()).item()
+    return 1 - all_mean(errors.square().mean()).item() / variance if variance > 0 else math.nan
 
-    Reads norm_adv, clip_coef, clip_vloss, vf_coef and ent_coef of args; the last argument overrides ent_coef.
-    """
-    if args.norm_adv:
-        advantage = normalize(advantage)
-    log_ratio = log_prob - old_log_prob
+
+def means(stats: list[Tensors]) -> dict[str, float]:
+    """The mean of each scalar over the minibatches and all processes."""
+    mean = torch.stack([torch.stack(list(one.values())) for one in stats]).mean(0)
+    return dict(zip(stats[0], all_mean(mean).tolist()))
+
+
+def ppo_loss(new: Tensors, old: Tensors, args: Args, knobs: Tensors) -> tuple[Tensor, Tensors]:
+    """The loss of one minibatch (Schulman et al., 2017), and what to log of it: any 0-dimensional tensors by name. new:
+    the agent's outputs for the minibatch, [B] each; old: the same rows of the rollout's fields, of advantage and of
+    return_. Reads norm_adv, clip_coef, clip_vloss and vf_coef of args, and ent_coef of knobs."""
+    advantage = normalize(old["advantage"]) if args.norm_adv else old["advantage"]
+    log_ratio = new["log_prob"] - old["log_prob"]
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()  # [core 8]
 
-    squared_error = (value - return_).square()
+    value, squared_error = new["value"], (new["value"] - old["return_"]).square()
     if args.clip_vloss:  # [core 9]
-        clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
-        squared_error = torch.max(squared_error, (clipped_value - return_).square())
+        clipped_value = old["value"] + (value - old["value"]).clamp(-args.clip_coef, args.clip_coef)
+        squared_error = torch.max(squared_error, (clipped_value - old["return_"]).square())
     value_loss = 0.5 * squared_error.mean()
 
-    entropy = entropy.mean()
-    ent_coef = args.ent_coef if ent_coef is None else ent_coef
-    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss  # [core 10]
+    entropy = new["entropy"].mean()
+    loss = policy_loss - knobs["ent_coef"] * entropy + args.vf_coef * value_loss  # [core 10]
     stats = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
     # [core 12] Both estimators of the KL divergence: Schulman, "Approximating KL Divergence" (2020)
     stats |= {"old_approx_kl": (-log_ratio).mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
     stats |= {"clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
-    return loss, {name: stat.detach() for name, stat in stats.items()}
+    return loss, stats
 
 
-def anneal(start: float, end: float, iteration: int, num_iterations: int) -> float:
-    """[core 4] Linear from start, in iteration 1, to end, in the iteration after the last."""
-    return end + (start - end) * (1 - (iteration - 1) / num_iterations)
+def make_knobs(args: Args, device: torch.device) -> Tensors:
+    """Every number that changes during training, as a 0-dimensional tensor: logged as charts/<name> and checkpointed.
+    Change it in place, `knobs[name].fill_(...)`, in anneal() or in the loop: a CUDA graph sees only that."""
+    numbers = {"learning_rate": args.learning_rate, "ent_coef": args.ent_coef}
+    return {name: torch.tensor(float(number), device=device) for name, number in numbers.items()}
 
 
-def average_gradients(agent: Agent) -> None:
-    """Averages the gradients over all processes, in one message."""
-    gradients = [parameter.grad for parameter in agent.parameters()]
-    mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(part.view_as(gradient))
+def anneal(knobs: Tensors, args: Args, iteration: int) -> None:
+    """[core 4] Linear from the first iteration, 1, to 0 or the final value in the iteration after the last."""
+    left = 1 - (iteration - 1) / args.num_iterations
+    if args.anneal_lr:
+        knobs["learning_rate"].fill_(args.learning_rate * left)
+    if args.ent_coef_final is not None:
+        knobs["ent_coef"].fill_(args.ent_coef_final + (args.ent_coef - args.ent_coef_final) * left)
 
 
-class Batch(NamedTuple):
-    """A rollout of B steps on the learner's device. The tensors stay where they are: a CUDA graph reads them there."""
-
-    obs: Tensor  # uint8 [B, L, L, frame_stack]: with channels innermost, index_select gathers whole rows
-    actions: Tensor  # int64 [B]; the others are float32 [B]
-    log_probs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    @staticmethod
-    def allocate(size: int, obs_shape: tuple[int, ...], device: torch.device) -> "Batch":
-        obs = torch.zeros((size, *obs_shape[1:], obs_shape[0]), dtype=torch.uint8, device=device)
-        actions = torch.zeros(size, dtype=torch.int64, device=device)
-        return Batch(obs, actions, *torch.zeros((4, size), device=device))
-
-    def fill(self, storage: Storage, advantages: Tensor, returns: Tensor) -> None:
-        obs = storage.obs[:-1].flatten(0, 1).to(self.obs.device, non_blocking=True)
-        self.obs.copy_(obs.permute(0, 2, 3, 1))
-        rest = (storage.actions, storage.log_probs, storage.values[:-1], advantages, returns)
-        for mine, new in zip(self[1:], rest):
-            mine.copy_(new.flatten(), non_blocking=True)
-
-    def evaluate(self, agent: Agent, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log_prob, entropy and value of the rows i, as the agent sees them now."""
-        return agent.get_action_and_value(self.obs.index_select(0, i).permute(0, 3, 1, 2), self.actions[i])[1:]
+def take(batch: Tensors, rows: Tensor) -> Tensors:
+    """These rows of every tensor of a batch. Of images, which lie channels-last, index_select gathers whole rows."""
+    images = {name: tensor.permute(0, 2, 3, 1) for name, tensor in batch.items() if tensor.dim() == 4}
+    taken = {name: tensor[rows] for name, tensor in batch.items() if name not in images}
+    return taken | {name: image.index_select(0, rows).permute(0, 3, 1, 2) for name, image in images.items()}
 
 
 def update(
-    agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, i: Tensor, args: argparse.Namespace, ent_coef: Tensor
-) -> Tensor:
-    """One gradient step on the minibatch that the rows i of the batch form. Returns the stats, in STATS' order."""
-    old = (batch.log_probs[i], batch.values[i], batch.advantages[i], batch.returns[i])
-    loss, stats = ppo_loss(*batch.evaluate(agent, i), *old, args, ent_coef)
+    agent: Agent, optimizer: torch.optim.Optimizer, batch: Tensors, rows: Tensor, args: Args, knobs: Tensors
+) -> Tensors:
+    """One gradient step on the minibatch that these rows of the batch form. Returns what to log of it."""
+    old = take(batch, rows)
+    loss, stats = ppo_loss(agent.get_action_and_value(old["obs"], old["action"]), old, args, knobs)
     optimizer.zero_grad()
     loss.backward()
-    if args.world_size > 1:
-        average_gradients(agent)
-    stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [core 11]
+    if args.world_size > 1:  # one message for all; frozen parameters have no gradient
+        gradients = [parameter.grad for parameter in agent.parameters() if parameter.grad is not None]
+        mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [core 11]
+    for group in optimizer.param_groups:
+        group["lr"].copy_(knobs["learning_rate"] * group["lr_scale"])
     optimizer.step()
-    return torch.stack([stats[name] for name in STATS])
+    return {name: stat.detach() for name, stat in stats.items()} | {"grad_norm": grad_norm}
 
 
-def cuda_graph(
-    step: Callable[[Tensor], Tensor], i: Tensor, agent: Agent, optimizer: torch.optim.Optimizer
-) -> Callable[[Tensor], Tensor]:
-    """The update `step`, of minibatches as long as i, as a CUDA graph: one launch in place of hundreds.
+def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
+    """The update `step`, of minibatches as long as rows, as a CUDA graph: one launch in place of hundreds. A graph
+    repeats what it recorded: every plain number that the loss reads (args.clip_coef, say) and every `if` is frozen
+    here. What changes during training must be a tensor that is changed in place: a knob. Leaves the agent and its
+    optimizer as they were. If there can be no graph, says why in one line and returns `step`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"], torch.cuda.get_rng_state()))
 
-    The agent and its optimizer are left as they were.
-    """
-    weights, states = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"]))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # the first calls choose kernels and allocate, which no graph may
-            step(i)
-    torch.cuda.current_stream().wait_stream(stream)
-    agent.load_state_dict(weights)
-    for index, state in enumerate(optimizer.state.values()):
-        for name, tensor in state.items():  # in place: the graph will know these tensors by their addresses
-            tensor.copy_(states[index][name]) if index in states else tensor.zero_()
-    optimizer.zero_grad()
-    graph, rows = torch.cuda.CUDAGraph(), i.clone()
-    with torch.cuda.graph(graph):
-        stats = step(rows)
+    def restore() -> None:  # in place: the graph knows these tensors by their addresses
+        agent.load_state_dict(before[0])
+        for index, parameter in enumerate(parameters):
+            for name, tensor in optimizer.state.get(parameter, {}).items():
+                tensor.copy_(before[1][index][name]) if index in before[1] else tensor.zero_()
+        torch.cuda.set_rng_state(before[2])
+        optimizer.zero_grad()
 
-    def replay(i: Tensor) -> Tensor:
-        rows.copy_(i)
+    def replay(new_rows: Tensor) -> Tensors:
+        mine.copy_(new_rows)
         graph.replay()
-        return stats.clone()
+        return dict(zip(names, stats.clone()))
 
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizer warns of steps outside of a graph
+            for _ in range(3):  # the first calls choose kernels and allocate, which no graph may
+                names = list(step(rows))
+        torch.cuda.current_stream().wait_stream(stream)
+        restore()
+        graph, mine = torch.cuda.CUDAGraph(), rows.clone()
+        with torch.cuda.graph(graph):
+            stats = torch.stack(list(step(mine).values()))
+        replay(rows)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        say(f"ppo_atari.py: going on without a CUDA graph: {str(error).splitlines()[0]}", sys.stderr)
+        replay = step
+        for group in optimizer.param_groups:
+            group["capturable"] = False
+    restore()
     return replay
+
+
+class Learner:
+    """The agent on its device with all that trains it: optimizer, knobs, and the batch that a rollout becomes.
+    Parameters may be frozen, and the optimizer may have several groups: each keeps its proportion to the learning rate.
+    """
+
+    def __init__(self, args: Args, agent: Agent, device: torch.device, dtype: torch.dtype):
+        self.args, self.agent, self.device, self.on_gpu = args, agent.to(device), device, device.type == "cuda"
+        agent.dtype, self.knobs, self.batch, self.step = dtype, make_knobs(args, device), {}, None
+        self.graphed = self.on_gpu and args.cuda_graph and args.world_size == 1
+        self.optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # [core 3]
+        self.settle(self.optimizer)
+        self.optimizer.register_load_state_dict_post_hook(self.settle)  # a checkpoint may be another machine's
+
+    def settle(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes each group's learning rate a tensor on the device, to be changed in place."""
+        for group in optimizer.param_groups:
+            group.setdefault("lr_scale", float(group["lr"]) / self.args.learning_rate)
+            group |= {"lr": torch.tensor(float(group["lr"]), device=self.device), "capturable": self.graphed}
+
+    def fill(self, storage: Tensors, **computed: Tensor) -> None:
+        """Makes a rollout [T + 1, N, ...], and what was computed from it [T, N], the batch: [T * N, ...] each. Its
+        tensors stay where they are: a CUDA graph reads them there."""
+        for name, source in ({name: tensor[:-1] for name, tensor in storage.items()} | computed).items():
+            source = source.flatten(0, 1).to(self.device, non_blocking=True)
+            if name not in self.batch:
+                layout = torch.channels_last if source.dim() == 4 else torch.contiguous_format
+                self.batch[name] = torch.empty_like(source, memory_format=layout)
+            self.batch[name].copy_(source)
+        if not self.on_gpu:
+            return
+        torch.cuda.manual_seed(int(torch.randint(2**31, ())))  # from the generator that a checkpoint holds
+        self.agent.eval()
+        with torch.no_grad():  # the actor rounds differently: its outputs anew, so that the ratio starts at exactly 1
+            for rows in torch.arange(len(source), device=self.device).split(1024):
+                old = take(self.batch, rows)
+                for name, new in self.agent.get_action_and_value(old["obs"], old["action"]).items():
+                    if name in old:
+                        self.batch[name][rows] = new
+        self.agent.train()
+
+    def update(self, rows: Tensor) -> Tensors:
+        """One gradient step on these rows of the batch."""
+        if self.step is None:
+            self.step = partial(update, self.agent, self.optimizer, self.batch, args=self.args, knobs=self.knobs)
+            if self.graphed:
+                self.step = cuda_graph(self.step, rows, self.agent, self.optimizer)
+        return self.step(rows)
 
 
 # --------------------------------------------------------------------------------------------------- 6 run directory
 
 
 def write_file(path: Path, content: bytes | dict) -> None:
-    """Writes bytes, or a dictionary in torch's format, to a temporary name, flushes and renames it.
-
-    At any moment the path holds a whole file, old or new.
-    """
+    """Writes bytes, or a dictionary in torch's format, to a temporary name, flushes and renames it. At any moment the
+    path holds a whole file, old or new. Follows no link that lies in its directory."""
     temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
     if isinstance(content, dict):
         torch.save(content, buffer)  # not to the file: there, a full disk would be a RuntimeError like any other
-    with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content if isinstance(content, bytes) else buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()  # half a file would help to keep a full disk full
+        raise
 
 
 def load_file(path: Path, *keys: str) -> dict[str, Any]:
-    """A dictionary that write_file wrote. A file from a stranger can do no harm: weights_only runs no code from it."""
+    """A dictionary with these keys and finite "weights", written by write_file. Raises UsageError for anything else.
+    weights_only runs no code from it, so a stranger's agent.pt can do no harm. A checkpoint.pt holds states of the
+    emulator, native code that believes them: resume only what is your own."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load compares no checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not set(keys) <= content.keys():
-            raise ValueError("other content")
+        finite = all(tensor.isfinite().all() for tensor in content["weights"].values())
+        if damaged or not finite or not set(keys) <= content.keys():
+            raise ValueError
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
-    except (OSError, RuntimeError, ValueError, AttributeError, EOFError, KeyError, pickle.UnpicklingError):
-        raise UsageError(f"{path} is damaged or not a file of this script") from None
+    except Exception:  # whatever a damaged file makes of the two readers
+        raise UsageError(f"{path} is damaged, not a file of this script, or not finite") from None
     return content
 
 
+class Nothing:
+    """A RunDirectory that swallows every call: for ranks above 0, and to evaluate an agent that is not one's own."""
+
+    kept, failing = "rank 0 says what is kept", ()
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *args: None
+
+
 class RunDirectory:
-    """What a run writes. A write that fails (a full disk) is reported once and lets the training go on.
+    """What a run writes. What cannot be written (a full disk) is told, and when it can be again; the training goes on.
+    Belongs to one process at a time: raises UsageError if another has it, or if it cannot be opened."""
 
-    Raises UsageError if nothing can be written here to begin with.
-    """
-
-    def __init__(self, path: Path, step: int = 0, about: dict | None = None):
-        from torch.utils.tensorboard import SummaryWriter  # here, because the workers do without it
-
-        self.path, self.failed = path, False
+    def __init__(self, path: Path):
+        self.path, self.failing, self.kept = path, set(), "there is no checkpoint yet"
+        self.writer, self.bar, self.purge_step = None, None, None
         hook = threading.excepthook  # what TensorBoard's own thread cannot write, attempt() reports
         threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            if about:
-                write_file(path / "args.json", json.dumps(about, indent=1).encode())
-            # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap.
-            self.writer = SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
+            self.lock = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror}") from None
+        try:
+            import fcntl
+
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.lock)
+            raise UsageError(f"cannot write to {path}: another process does") from None
+        except (ImportError, OSError):  # a system or a disk without locks
+            pass
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+        if self.writer:
+            self.attempt("TensorBoard events", self.writer.close)
+        os.close(self.lock)
+
+    def begin(self, args: Args, device: torch.device, dtype: torch.dtype, step: int) -> None:
+        """Writes args.json and says where the run is and what it runs on. Raises UsageError if it cannot."""
+        about = {"flags": args.flags, "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}}
+        about["hardware"] = {"machine": platform.machine(), "cores": os.cpu_count(), "device": str(device)}
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        with suppress(OSError):  # not every machine has git
+            about["git"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            write_file(self.path / "args.json", json.dumps(about, indent=1).encode())
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.path}: {error.strerror}") from None
+        on = f"{device}, {str(dtype)[6:]}, {args.workers} rollout workers, {torch.get_num_threads()} threads"
+        say(f"run directory: {self.path}\n{on}")
+        if step:  # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap
+            self.purge_step, self.kept = step + 1, f"the checkpoint of step {step:,} is kept"
+        self.bar = tqdm(total=args.num_iterations * args.batch_size, initial=step, unit="steps", disable=None)  # no tty
+        self.begun, self.printed = (time.perf_counter(), step), time.perf_counter()
 
     def attempt(self, what: str, function: Callable, *args: Any) -> None:
+        """Calls a function that writes. Its failure is told once, and once that it works again."""
+        failed, news = what in self.failing, "can be written again"
         try:
             function(*args)
-        except OSError as error:
-            if not self.failed:
-                print(f"ppo_atari.py: cannot write {what}: {error}; going on without", file=sys.stderr, flush=True)
-            self.failed = True
+            self.failing.discard(what)
+        except (OSError, cv2.error) as error:
+            self.failing.add(what)
+            news = f"cannot be written: {error}; going on without"
+        if failed != (what in self.failing):
+            say(f"ppo_atari.py: {what} {news}", sys.stderr)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self.attempt("TensorBoard events", self.writer.add_scalar, tag, value, step)
+    def write(self, name: str, content: bytes | dict) -> None:
+        self.attempt(name, write_file, self.path / name, content)
 
-    def describe(self, args: argparse.Namespace, screen: np.ndarray, obs: np.ndarray) -> None:
+    def events(self, add: Callable) -> None:
+        """Calls add(writer) with TensorBoard's writer, a new one after a failure, since it never recovers; flushes."""
+        from torch.utils.tensorboard import SummaryWriter  # here, because the workers do without it
+
+        def write() -> None:
+            self.writer = self.writer or SummaryWriter(str(self.path), purge_step=self.purge_step)
+            add(self.writer)
+            self.writer.flush()
+            self.purge_step = None
+
+        self.attempt("TensorBoard events", write)
+        for file in self.path.glob("events.out.tfevents.*") if "TensorBoard events" in self.failing else ():
+            self.writer = None
+            with suppress(OSError):
+                file.stat().st_size or file.unlink()  # every attempt leaves one
+
+    def log(self, points: list[tuple[str, float, int]], recent: deque, step: int) -> None:
+        """The points (tag, value, step) of an iteration, as far as they are finite, and the progress, now at `step`."""
+        self.events(lambda writer: [writer.add_scalar(*point) for point in points if math.isfinite(point[1])])
+        status, now = f"return {np.mean(recent):.1f}" if recent else "no game over yet", time.perf_counter()
+        self.bar.set_postfix_str(status, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and now - self.printed >= 30:
+            self.printed, speed = now, (step - self.begun[1]) / (now - self.begun[0])
+            left = timedelta(seconds=round((self.bar.total - step) / speed))
+            say(f"step {step:,} of {self.bar.total:,}, {status}, {speed:,.0f} steps/s, {left} left")
+
+    def describe(self, flags: dict[str, Any], screen: np.ndarray, obs: np.ndarray) -> None:
         """Hyperparameters, as text and for the HParams tab; the charts that matter first; what the agent sees."""
         from torch.utils.tensorboard.summary import hparams
 
-        flags = {name: value for name, value in args.flags.items() if value is not None}
         rows = "".join(f"|{name}|{value}|\n" for name, value in flags.items())
-        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
-        for summary in hparams(flags, {"charts/episodic_return": 0}):  # add_hparams would start a sub-run
-            self.writer.file_writer.add_summary(summary)
         first = ("charts/episodic_return", "charts/SPS", "losses/explained_variance", "losses/approx_kl")
-        self.writer.add_custom_scalars({"PPO": {tag: ["Multiline", [tag]] for tag in first}})
-        self.observation("observation", screen, obs, 0)
+        given = {name: value for name, value in flags.items() if value is not None}
 
-    def observation(self, tag: str, screen: np.ndarray, obs: np.ndarray, step: int) -> None:
+        def add(writer: Any) -> None:
+            writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
+            writer.add_custom_scalars({"PPO": {tag: ["Multiline", [tag]] for tag in first}})
+            for summary in hparams(given, {"charts/episodic_return": 0}):  # add_hparams would start a sub-run
+                writer.file_writer.add_summary(summary)
+
+        self.events(add)
+        self.picture("observation", screen, obs, 0)
+
+    def picture(self, tag: str, screen: np.ndarray, obs: np.ndarray, step: int) -> None:
         """An image: the raw screen [H, W, 3] and, to its right, the stacked frames [k, L, L]."""
         size = (len(screen), len(screen))
         frames = [cv2.cvtColor(cv2.resize(f, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB) for f in obs]
-        self.writer.add_image(tag, np.concatenate([screen, *frames], axis=1), step, dataformats="HWC")
+        image = np.concatenate([screen, *frames], axis=1)
+        self.events(lambda writer: writer.add_image(tag, image, step, dataformats="HWC"))
 
-    def video(self, frames: list[np.ndarray], step: int, fps: int) -> None:
+    def film(self, frames: list[np.ndarray], step: int, fps: int) -> None:
         """RGB frames [H, W, 3] as videos/<step>.webm (VP8, which browsers play) and as a GIF in the Images tab."""
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         height, width, _ = frames[0].shape
-        path, temporary = (self.path / "videos" / f"{step}{ending}" for ending in (".webm", ".tmp.webm"))
-        path.parent.mkdir(exist_ok=True)
-        film = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"VP80"), fps, (2 * width, 2 * height))
-        for frame in frames:
-            double = cv2.resize(frame, (2 * width, 2 * height), interpolation=cv2.INTER_NEAREST)
-            film.write(cv2.cvtColor(double, cv2.COLOR_RGB2BGR))
-        film.release()
-        os.replace(temporary, path)
-        skip = 2 * math.ceil(len(frames) / 1200)  # at most 600 images, so that the dashboard stays quick
+        folder, size = self.path / "videos", (2 * width, 2 * height)
+
+        def write() -> None:
+            with tempfile.TemporaryDirectory() as elsewhere:  # OpenCV does not tell of a full disk: write_file does
+                film = cv2.VideoWriter(f"{elsewhere}/film.webm", cv2.VideoWriter_fourcc(*"VP80"), fps, size)
+                for frame in frames:
+                    double = cv2.resize(frame, size, interpolation=cv2.INTER_NEAREST)
+                    film.write(cv2.cvtColor(double, cv2.COLOR_RGB2BGR))
+                film.release()
+                folder.mkdir(exist_ok=not folder.is_symlink())
+                write_file(folder / f"{step}.webm", Path(elsewhere, "film.webm").read_bytes())
+
+        self.attempt("the video", write)
+        skip, gif = 2 * math.ceil(len(frames) / 1200), io.BytesIO()  # at most 600 images: the dashboard stays quick
         images = [Image.fromarray(frame).quantize(32) for frame in frames[::skip]]
-        gif = io.BytesIO()
         images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=1000 * skip // fps, loop=0)
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), step)
+        summary = Summary(value=[Summary.Value(tag="eval/video", image=image)])
+        self.events(lambda writer: writer.file_writer.add_summary(summary, step))
+
+    def save(self, content: dict[str, Any], agent: dict[str, Any]) -> None:
+        """agent.pt, to evaluate and to share, and checkpoint.pt, to go on."""
+        self.write("agent.pt", agent)
+        self.write("checkpoint.pt", agent | content)
+        if "checkpoint.pt" not in self.failing:
+            self.kept = f"the checkpoint of step {agent['step']:,} is kept"
+
+    def farewell(self, step: int, stopped: int) -> bool:
+        """Says how a training ended, and how to go on if it was stopped. Returns whether all could be written."""
+        if self.failing:
+            what = " and ".join(sorted(self.failing))
+            say(f"ppo_atari.py: {what} could not be written to the end; {self.kept}", sys.stderr)
+        elif stopped and step < self.bar.total:
+            say(f"stopped and saved at step {step:,}; to go on: python ppo_atari.py --resume {self.path}")
+        elif stopped:
+            say(f"the training is complete; its score: python ppo_atari.py --evaluate {self.path}")
+        return not self.failing
 
 
-# -------------------------------------------------------------------------------------------------------- 7 programs
+# ------------------------------------------------------------------------------------------------------- 7 processes
 
 
-def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+def choose_device(args: Args) -> torch.device:
+    """This process' GPU, made to do what the flags say, or the CPU."""
+    if not (args.cuda and torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", args.local_rank % torch.cuda.device_count())  # some see their own GPU only
+    torch.cuda.set_device(device)
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        backend.fp32_precision = "ieee"  # TF32, cuDNN's default, would keep 10 of float32's 23 bits
+    if args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and determines nothing here
+    return device
+
+
+def choose_dtype(args: Args, device: torch.device) -> torch.dtype:
     """bfloat16 only where the hardware multiplies it: elsewhere it would be slower than float32."""
     if args.precision != "auto":
         return getattr(torch, args.precision)
@@ -1046,26 +1310,165 @@ def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
 
 
-def play_games(
-    args: argparse.Namespace, agent: Agent | None, num_games: int, film: list | None = None, mode: str | None = None
-) -> list[tuple[float, int]]:
-    """Plays full games side by side, through all lives; agent=None plays at random. Returns (score, length) of each.
+def lock_pages(storage: Tensors, stack: ExitStack) -> None:
+    """Locks the storage into memory until the stack ends, as far as the system allows: so a GPU copies it by itself."""
+    cudart = torch.cuda.cudart()
+    for tensor in storage.values():
+        if int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0:
+            stack.callback(cudart.cudaHostUnregister, tensor.data_ptr())
 
+
+def gather(mine: Any) -> list[Any]:
+    """What each process contributes, in the order of ranks."""
+    everyone = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def join_processes(args: Args, device: torch.device, stack: ExitStack) -> None:
+    """Makes torchrun's processes one group, until the stack ends: gloo between CPUs, NCCL between GPUs. After the fork
+    of the workers, which threads do not survive, and after the optimizer, which imports code that would keep the group
+    alive. torchrun sees to a process that dies; the group waits for a day, as evaluations may be long."""
+    if args.world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+        stack.callback(dist.destroy_process_group)
+        if len(set(gather(device.type))) > 1:
+            raise UsageError("some of the processes have a GPU and some have none: give --no-cuda")
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM end a training after its iteration, and an evaluation between two steps of its games. A second
+    Ctrl-C ends everything at once. Until close()."""
+
+    def __init__(self, doing: str):
+        self.signum, self.doing, self.pid = 0, doing, os.getpid()
+        self.handlers = {signum: signal.signal(signum, self.request) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self) -> None:
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def request(self, signum: int, frame: object) -> None:
+        if os.getpid() != self.pid:  # a worker that does not ignore it yet
+            return
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+        with suppress(OSError):
+            os.write(2, f"\n{self.doing} (Ctrl-C again: stop at once)\n".encode())
+
+    def agreed(self) -> int:
+        """The signal that any process has got, or 0. All stop after the same iteration: else they would hang."""
+        agreed = torch.tensor(self.signum)  # a copy: a signal that comes during the message waits for the next one
+        if dist.is_initialized():
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        self.signum = int(agreed) or self.signum
+        return int(agreed)
+
+
+def shortage(error: Exception, args: Args) -> str | None:
+    """One line about memory or files that the system refused, and what to do; None for any other error."""
+    text, size = str(error), args.batch_size / args.world_size * args.frame_stack * args.frame_size**2 / 2**20
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is too small: lower --num-envs or --num-steps, or raise --num-minibatches"
+    if "Too many open files" in text:
+        return f"too few open files are allowed for {args.workers} workers: raise `ulimit -n` or lower --num-workers"
+    if isinstance(error, MemoryError) or re.search("(?i)allocate memory|not enough memory|bad.?alloc", text):
+        need = f"too little memory, and a rollout alone needs {size:,.0f} MB, twice"
+        return f"{need}: lower --num-envs, --num-steps or --num-workers, or raise `ulimit -v`"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------- 8 programs
+
+
+def open_run(args: Args) -> RunDirectory | Nothing:
+    """The run directory, a new one or that of --resume, and with --track the Weights & Biases run that mirrors it."""
+    if args.rank:
+        return Nothing()
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError("--track needs Weights & Biases: pip install wandb") from None
+    path, when = Path(args.resume) if args.resume else None, itertools.count(int(time.time()))
+    while path is None:
+        try:
+            path = Path(f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{next(when)}")
+            path.mkdir(parents=True)
+        except FileExistsError:
+            path = None  # another run began in the same second
+        except OSError as error:
+            raise UsageError(f"cannot write to {path}: {error.strerror}") from None
+    run = RunDirectory(path)
+    if args.track:
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": args.wandb_name or path.name}
+        wandb.init(**names, id=path.name, resume="allow", config=args.flags, sync_tensorboard=True)
+    return run
+
+
+def save(run: RunDirectory | Nothing, state: dict[str, Any], args: Args, step: int) -> None:
+    """Writes a checkpoint. What is the same in all processes is kept once, what differs is kept for each of them."""
+    mine, digests = {name: pack(value) for name, value in state.items()}, {}
+    for name, value in mine.items() if dist.is_initialized() else ():
+        torch.save(value, buffer := io.BytesIO())
+        digests[name] = hashlib.sha256(buffer.getbuffer()).digest()
+    different = {name for theirs in gather(digests) for name in digests if theirs[name] != digests[name]}
+    content = {name: value for name, value in mine.items() if name not in different}
+    content["ranks"] = gather({name: mine[name] for name in different})
+    run.save(content, {"weights": mine["weights"], "flags": args.flags, "step": step})
+
+
+def load(state: dict[str, Any], args: Args) -> None:
+    """Restores in place, from the checkpoint of --resume, what save() wrote. Raises UsageError if it does not fit."""
+    path = Path(args.resume, "checkpoint.pt")
+    saved = load_file(path, "iteration", "ranks", "flags")
+    with must_fit(f"--resume: {path} is not of the run in args.json"):
+        if len(saved["ranks"]) != args.world_size:
+            raise UsageError(f"--resume: that run has {len(saved['ranks'])} processes, not {args.world_size}")
+        if other := [name for name, value in args.identity.items() if saved["flags"].get(name, value) != value]:
+            raise ValueError(f"{other[0]} is {saved['flags'][other[0]]}")
+        saved |= saved["ranks"][args.rank]
+        for name in state:
+            state[name] = unpack(state[name], saved[name])
+        for parameter, memory in state["optimizer"].state.items():
+            moments = [memory[name] for name in ("exp_avg", "exp_avg_sq") if name in memory]
+            if not memory or any(moment.shape != parameter.shape for moment in moments):
+                raise ValueError("the optimizer is of other parameters")
+        most = saved["flags"]["total_timesteps"] // args.batch_size
+        if (
+            type(state["iteration"]) is not int
+            or not 0 <= state["iteration"] <= most
+            or not math.isfinite(sum(state["recent"]))
+        ):
+            raise ValueError("numbers that cannot be")
+        longer = state["iteration"] < args.num_iterations and args.total_timesteps != saved["flags"]["total_timesteps"]
+        if longer and args.rank == 0:
+            say(f"the run is now {args.total_timesteps:,} steps long, and the annealing follows")
+
+
+def full_games(
+    args: Args, agent: Agent | None, num_games: int, stop: StopRequest | None = None,
+    film: list | None = None, mode: str | None = None,
+) -> list[tuple[float, int]]:  # fmt: skip
+    """Plays full games side by side, through all lives; agent=None plays at random. Returns (score, length) of each.
     The stack is that of training: an agent for whom FIRE was pressed has never learned to press it. film collects
-    (screen, observation) of the first game's first 5 minutes.
-    """
-    envs = [make_env(args, mode) for _ in range(num_games)]
+    (screen, observation) of the first game's first 5 minutes. Once a stop is requested, returns what has ended."""
     generators = [np.random.default_rng([args.seed, 2**31, i]) for i in range(num_games)]
-    obs = [env.reset(seed=args.seed + 2**31 + i)[0] for i, env in enumerate(envs)]
-    results: dict[int, tuple[float, int]] = {}
-    while playing := [i for i in range(num_games) if i not in results]:
+    envs, obs, results = [], [], {}
+    while len(envs) < num_games and not (stop and stop.signum):
+        envs.append(make_env(args, mode))
+        obs.append(envs[-1].reset(seed=args.seed + 2**31 + len(obs))[0])
+    while (playing := [i for i in range(num_games) if i not in results]) and not (stop and stop.signum):
         uniform = torch.tensor([generators[i].random() for i in playing], dtype=torch.float32)
         if agent is None:
             actions = (uniform * envs[0].action_space.n).long().clamp_(max=envs[0].action_space.n - 1)
         else:
             batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
             with torch.inference_mode():
-                actions, *_ = agent.get_action_and_value(batch, None, uniform)
+                actions = agent.get_action_and_value(batch, uniform=uniform)["action"]
         for i, action in zip(playing, actions.tolist()):
             obs[i], _, terminated, truncated, info = envs[i].step(action)
             if film is not None and i == 0 and len(film) < 5 * 60 * 60 / args.frame_skip:
@@ -1076,258 +1479,176 @@ def play_games(
                 results[i] = (float(info["episode"]["r"]), int(info["episode"]["l"]))
     for env in envs:
         env.close()
-    return [results[i] for i in range(num_games)]
+    return [results[i] for i in sorted(results)]
 
 
-def evaluate_agent(args: argparse.Namespace, agent: Agent, step: int, run: RunDirectory) -> None:
-    """Plays --eval-episodes games, prints and logs their scores beside a random policy's, and writes eval.json."""
+def score_agent(args: Args, agent: Agent, step: int, run: RunDirectory, stop: StopRequest) -> None:
+    """Plays --eval-episodes games on rank 0, prints and logs their scores beside a random policy's, writes eval.json. A
+    stop that is requested meanwhile ends it at once, without a result."""
+    if args.rank or not args.eval_episodes:
+        return
     film = [] if args.capture_video else None
-    scores, lengths = zip(*play_games(args, agent, args.eval_episodes, film))
-    random_scores, _ = zip(*play_games(args, None, args.eval_episodes))
+    games = full_games(args, agent, args.eval_episodes, stop, film)
+    random_games = full_games(args, None, args.eval_episodes, stop)
+    if stop.signum:
+        return
+    (scores, lengths), (random_scores, _) = zip(*games), zip(*random_games)
     mean, std, random_mean = float(np.mean(scores)), float(np.std(scores)), float(np.mean(random_scores))
-    print(f"evaluation at step {step:,}: {' '.join(f'{score:g}' for score in scores)}")
-    print(f"mean {mean:.2f} ± {std:.2f} over {len(scores)} full games; a random policy: {random_mean:.2f}", flush=True)
+    say(f"evaluation at step {step:,}: {' '.join(f'{score:g}' for score in scores)}")
+    say(f"mean {mean:.2f} ± {std:.2f} over {len(scores)} full games; a random policy: {random_mean:.2f}")
     result = {"env_id": args.env_id, "step": step, "seed": args.seed, "mean": mean, "std": std, "scores": scores}
     result |= {"lengths": lengths, "random_mean": random_mean, "random_scores": random_scores}
-    run.scalars({"eval/episodic_return": mean, "eval/episodic_length": float(np.mean(lengths))}, step)
-    run.attempt("eval.json", write_file, run.path / "eval.json", json.dumps(result, indent=1).encode())
+    points = [("eval/episodic_return", mean, step), ("eval/episodic_length", float(np.mean(lengths)), step)]
+    run.events(lambda writer: [writer.add_scalar(*point) for point in points])
+    run.write("eval.json", json.dumps(result, indent=1).encode())
     if film:
         screens, observations = zip(*film)
-        run.attempt("the video", run.video, screens, step, round(60 / args.frame_skip))
-        run.observation("eval/observation", screens[len(film) // 2], observations[len(film) // 2], step)
+        run.film(screens, step, max(1, round(60 / args.frame_skip)))
+        run.picture("eval/observation", screens[len(film) // 2], observations[len(film) // 2], step)
 
 
-def open_run(args: argparse.Namespace, device: torch.device, step: int) -> RunDirectory:
-    """Makes the run directory with args.json and, with --track, the Weights & Biases run that mirrors it."""
-    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    path = Path(args.resume or Path("runs") / name)
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            raise UsageError("--track needs Weights & Biases: pip install wandb") from None
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": args.wandb_name or path.name}
-        wandb.init(**names, id=path.name, resume="allow", config=args.flags, sync_tensorboard=True)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    about = {
-        "flags": args.flags,
-        "versions": {module.__name__: module.__version__ for module in (ale_py, cv2, gym, np, torch)},
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "device": str(device)},
-    }
-    with suppress(OSError):  # not every machine has git
-        about["git"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    run = RunDirectory(path, step, about)
-    print(f"run directory: {path}", flush=True)
-    return run
-
-
-def gather(mine: Any) -> list[Any]:
-    """What each process contributes, in the order of ranks."""
-    everyone = [mine]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def train(args: argparse.Namespace) -> int:
+def train(args: Args) -> int:
     """Trains. Returns the exit code: 0; 1 if a file could not be written; 130 or 143 if a signal ended it early."""
-    # SETUP
-    device = torch.device("cuda", args.local_rank) if args.cuda and torch.cuda.is_available() else torch.device("cpu")
-    if args.world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    num_envs = args.num_envs // args.world_size  # of this process, as these two
-    batch_size, minibatch_size = args.batch_size // args.world_size, args.minibatch_size // args.world_size
+    # SETUP, in this order: threads, and so CUDA, TensorBoard and the process group, do not survive the workers' fork
     torch.manual_seed(args.seed)  # the same weights in every process
-    torch.backends.cudnn.deterministic = args.torch_deterministic
+    env = make_env(args, "rgb_array")
+    (first_obs, _), screen = env.reset(seed=args.seed), env.render()
+    set_env_state(env, get_env_state(env))  # refuses, before anything starts, what a checkpoint would not bring back
+    env.close()
+    agent = make_agent(args, env)
+    actor = inference_copy(agent, choose_dtype(args, torch.device("cpu")))
+    storage = allocate(args, env, actor)
+    torch.manual_seed(args.seed * 1000 + args.rank)
     shuffler = torch.Generator().manual_seed(args.seed * 1000 + args.rank)
-    probe = make_env(args, "rgb_array")
-    first_obs, _ = probe.reset(seed=args.seed)
-    agent = Agent(probe.action_space.n, args.frame_stack, args.frame_size, args.shared_network, args.scale_obs)
-    agent.dtype = choose_dtype(args, torch.device("cpu"))
-    actor, storage = inference_copy(agent), Storage.allocate(args.num_steps, num_envs, first_obs.shape)
-    agent.to(device).dtype = choose_dtype(args, device)
-    on_gpu = device.type == "cuda"
-    learning_rate, ent_coef = torch.tensor([args.learning_rate, args.ent_coef], device=device)
-    optimizer = torch.optim.Adam(agent.parameters(), learning_rate, eps=1e-5, fused=True, capturable=on_gpu)  # [core 3]
-    iteration, recent = 0, deque(maxlen=100)  # recent: the scores of the last games
-    if args.resume:
-        saved = load_file(Path(args.resume, "checkpoint.pt"), "weights", "optimizer", "iteration", "ranks", "recent")
-        if len(saved["ranks"]) != args.world_size:
-            raise UsageError(f"--resume: that run has {len(saved['ranks'])} processes, not {args.world_size}")
-        try:
-            agent.load_state_dict(saved["weights"])
-            optimizer.load_state_dict(saved["optimizer"])
-            optimizer.param_groups[0] |= {"lr": learning_rate, "capturable": on_gpu}
-        except (RuntimeError, ValueError, KeyError):
-            raise UsageError(f"--resume: {args.resume}/checkpoint.pt is not of the run in args.json") from None
-        iteration, mine = saved["iteration"], saved["ranks"][args.rank]
-        recent.extend(saved["recent"])
-        shuffler.set_state(mine["shuffler"])
-        if args.total_timesteps != saved["flags"]["total_timesteps"] and args.rank == 0:
-            print(f"the run is now {args.total_timesteps:,} steps long, and the annealing follows", flush=True)
-    step = iteration * args.batch_size
-    run = open_run(args, device, step) if args.rank == 0 else None
-    workers = Workers(args, actor, storage)
-    if args.resume:
-        storage.obs[-1], storage.dones[-1] = mine["obs"], mine["dones"]
-        workers.call("set_state", [mine["environments"][low:high] for low, high in workers.shares])
-    elif run:
-        run.attempt("TensorBoard events", run.describe, args, probe.render(), first_obs)
-    probe.close()
+    with ExitStack() as stack:
+        stack.callback((stop := StopRequest("stopping as soon as everything has started")).close)
+        stack.callback((workers := Workers(args, actor, storage)).close)
+        device = choose_device(args)
+        learner = Learner(args, agent, device, choose_dtype(args, device))
+        join_processes(args, device, stack)
+        stack.callback((run := open_run(args)).close)
+        state = {  # all that changes during training: a checkpoint holds it. Change it in place, or as state[name]
+            "weights": agent, "optimizer": learner.optimizer, "knobs": learner.knobs, "iteration": 0,
+            "recent": deque(maxlen=100), "shuffler": shuffler, "generator": torch.default_generator,
+            "environments": workers, "obs": storage["obs"][-1], "done": storage["done"][-1],
+        }  # fmt: skip
+        if args.resume:
+            load(state, args)
+        if state["iteration"] >= args.num_iterations:
+            if args.rank == 0:
+                say(f"{args.resume} is complete; a larger --total-timesteps goes on, --evaluate plays its agent")
+            return 0
+        step = state["iteration"] * args.batch_size
+        run.begin(args, device, agent.dtype, step)
+        if not args.resume:
+            run.describe(args.flags, screen, first_obs)
+        if learner.on_gpu:
+            lock_pages(storage, stack)
 
-    def save() -> None:
-        mine = {"environments": sum(workers.call("get_state"), []), "shuffler": shuffler.get_state()}
-        ranks = gather(mine | {"obs": storage.obs[-1].clone(), "dones": storage.dones[-1].clone()})
-        if run:
-            run.attempt("TensorBoard events", run.writer.flush)  # first, so that the curve reaches the checkpoint
-            content = {"weights": agent.state_dict(), "flags": args.flags, "step": step}
-            run.attempt("agent.pt", write_file, run.path / "agent.pt", content)
-            content |= {"optimizer": optimizer.state_dict(), "iteration": iteration, "recent": list(recent)}
-            run.attempt("checkpoint.pt", write_file, run.path / "checkpoint.pt", content | {"ranks": ranks})
-
-    batch = Batch.allocate(batch_size, first_obs.shape, device)
-    step_on = partial(update, agent, optimizer, batch, args=args, ent_coef=ent_coef)
-    if on_gpu and args.cuda_graph and args.world_size == 1:
-        step_on = cuda_graph(step_on, torch.arange(minibatch_size, device=device), agent, optimizer)
-    for tensor in storage if on_gpu else ():  # page-locked memory is copied while the learner goes on
-        torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-
-    stop = torch.zeros((), dtype=torch.int64)  # the number of the signal that asks for an end
-
-    def request_stop(number: int, frame: Any) -> None:
-        if stop and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.fill_(number)
-        print("\nfinishing this iteration, then saving (Ctrl-C again: stop at once)", file=sys.stderr, flush=True)
-
-    old_handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    total, begun, printed = args.num_iterations * args.batch_size, (time.perf_counter(), step), time.perf_counter()
-    bar = tqdm(total=total, initial=step, unit="steps", disable=None if run else True)  # None: only on a terminal
-
-    try:
-        while iteration < args.num_iterations:
-            agreed = stop.clone()  # a copy: a signal that comes during the message must wait for the next one
-            if dist.is_initialized():  # all processes stop together: one that left alone would hang the others
-                dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            if agreed:
-                stop.copy_(agreed)
+        stop.doing = "finishing this iteration, then saving"
+        for iteration in range(state["iteration"] + 1, args.num_iterations + 1):
+            if stop.agreed():
                 break
-            iteration += 1
             started = time.perf_counter()
-            if args.anneal_lr:
-                learning_rate.fill_(anneal(args.learning_rate, 0, iteration, args.num_iterations))
-            if args.ent_coef_final is not None:
-                ent_coef.fill_(anneal(args.ent_coef, args.ent_coef_final, iteration, args.num_iterations))
+            anneal(learner.knobs, args, iteration)
 
             # ROLLOUT
-            copy_weights(agent, actor)
-            played = workers.call("rollout")
+            copy_state(agent, actor)
+            games, seconds = workers.rollout()
             rolled_out = time.perf_counter()
 
             # ADVANTAGES
-            rewards, values, dones = storage.rewards, storage.values, storage.dones
-            next_ = (values[-1], dones[-1])
-            advantages, returns = compute_gae(rewards, values[:-1], dones[:-1], *next_, args.gamma, args.gae_lambda)
-            batch.fill(storage, advantages, returns)
-            if on_gpu:  # the actor rounds differently: recompute, so that the ratio starts at exactly 1
-                with torch.no_grad():
-                    for i in torch.arange(batch_size, device=device).split(minibatch_size):
-                        batch.log_probs[i], _, batch.values[i] = batch.evaluate(agent, i)
+            values, dones = storage["value"], storage["done"]
+            advantages, returns = compute_gae(storage["reward"][:-1], values, dones, args.gamma, args.gae_lambda)
+            learner.fill(storage, advantage=advantages, return_=returns)
 
             # UPDATE
-            totals = []
+            stats = []
             for _ in range(args.update_epochs):
-                rows = torch.randperm(batch_size, generator=shuffler).to(device, non_blocking=True)  # [core 6]
-                totals += map(step_on, rows.split(minibatch_size))
-                if args.target_kl is not None:
-                    approx_kl = all_mean(totals[-1][STATS.index("approx_kl")].clone())
-                    if approx_kl > args.target_kl:
-                        break
+                rows = torch.randperm(advantages.numel(), generator=shuffler).to(device, non_blocking=True)  # [core 6]
+                stats += map(learner.update, rows.split(args.minibatch_size // args.world_size))
+                if args.target_kl is not None and all_mean(stats[-1]["approx_kl"].clone()) > args.target_kl:
+                    break
 
             # LOGGING
-            means = all_mean(torch.stack(totals).mean(0)).tolist()
-            explained_variance = all_mean(1 - (returns - values[:-1]).var() / returns.var())
-            if not all(map(math.isfinite, means)):
-                raise RunError(f"iteration {iteration}: the loss is not finite; the last checkpoint is kept")
-            for t, _, score, length in sorted(sum(gather(sum((games for games, _ in played), [])), [])):
-                recent.append(score)
-                if run:
-                    at = step + (t + 1) * args.num_envs
-                    run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, at)
-            step, now, last = iteration * args.batch_size, time.perf_counter(), iteration == args.num_iterations
-            if run:
-                scalars = {f"losses/{name}": mean for name, mean in zip(STATS, means)}
-                scalars["losses/explained_variance"] = float(explained_variance)
-                scalars |= {"charts/learning_rate": float(learning_rate), "charts/ent_coef": float(ent_coef)}
-                scalars["charts/SPS"] = args.batch_size / (now - started)
-                for work in ("environment", "inference"):
-                    scalars[f"time/{work}"] = float(np.mean([seconds[work] for _, seconds in played])) / (now - started)
-                scalars["time/update"] = (now - rolled_out) / (now - started)
-                run.scalars(scalars, step)
-                status = f"return {np.mean(recent):.1f}" if recent else "no game over yet"
-                bar.set_postfix_str(status, refresh=False)
-                bar.update(args.batch_size)
-                if bar.disable and now - printed >= 30:
-                    printed, speed = now, (step - begun[1]) / (now - begun[0])
-                    left = timedelta(seconds=round((total - step) / speed))
-                    print(f"step {step:,} of {total:,}, {status}, {speed:,.0f} steps/s, {left} left", flush=True)
-                due = args.eval_interval and step // args.eval_interval > (step - args.batch_size) // args.eval_interval
-                if due and args.eval_episodes and not last:
-                    copy_weights(agent, actor)
-                    evaluate_agent(args, actor, step, run)
-            if args.checkpoint_interval and iteration % args.checkpoint_interval == 0 and not last:
-                save()
-        save()
-        bar.close()
-        if run and not stop and args.eval_episodes:
-            copy_weights(agent, actor)
-            evaluate_agent(args, actor, step, run)
-    finally:
-        bar.close()
-        workers.close()
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)
-        if run:
-            run.attempt("TensorBoard events", run.writer.close)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if stop and run:
-        print(f"stopped and saved at step {step:,}; to go on: python ppo_atari.py --resume {run.path}", flush=True)
-    return 128 + int(stop) if stop else int(run is not None and run.failed)
+            scalars = {f"losses/{name}": mean for name, mean in means(stats).items()}
+            if not math.isfinite(scalars["losses/grad_norm"]):
+                raise RunError(f"iteration {iteration}: the loss or its gradient is not finite; {run.kept}")
+            scalars["losses/explained_variance"] = explained_variance(values[:-1], returns)
+            scalars |= {f"charts/{name}": float(knob) for name, knob in learner.knobs.items()}
+            now = time.perf_counter()
+            seconds |= {"update": now - rolled_out}
+            scalars |= {f"time/{work}": spent / (now - started) for work, spent in seconds.items()}
+            scalars["charts/SPS"] = args.batch_size / (now - started)
+            points = []
+            for t, i, score, length in sorted(sum(gather(games), [])):
+                state["recent"].append(score)
+                at = step + t * args.num_envs + i + 1  # a step of its own: some trackers keep one value per step
+                points += [("charts/episodic_return", score, at), ("charts/episodic_length", length, at)]
+            state["iteration"], step = iteration, iteration * args.batch_size
+            run.log(points + [(tag, value, step) for tag, value in scalars.items()], state["recent"], step)
+
+            # NOW AND THEN
+            if args.eval_interval and step % args.eval_interval < args.batch_size and iteration < args.num_iterations:
+                copy_state(agent, actor)
+                score_agent(args, actor, step, run, stop)
+            if (
+                args.checkpoint_interval
+                and iteration % args.checkpoint_interval == 0
+                and iteration < args.num_iterations
+            ):
+                save(run, state, args, step)
+
+        save(run, state, args, step)
+        if not stop.agreed():
+            stop.doing = "stopping the evaluation"
+            copy_state(agent, actor)
+            score_agent(args, actor, step, run, stop)
+        written = run.farewell(step, stop.signum) is not False  # None above rank 0
+        return 1 if not written else 128 + stop.signum if stop.signum else 0
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def evaluate(args: Args) -> int:
     """--evaluate: the agent of a run directory or a file plays full games; with --play, it plays one in a window."""
     path = Path(args.evaluate)
     path = path / "agent.pt" if path.is_dir() else path
-    content = load_file(path, "weights", "flags")
-    stack = "env_id noop_max frame_skip episodic_life fire_reset frame_size clip_reward frame_stack shared_network"
-    try:
-        for name in (*stack.split(), "scale_obs", "repeat_action_probability"):
-            if name not in args.given:
-                setattr(args, name, content["flags"][name])
-        num_actions = make_env(args).action_space.n
-        agent = Agent(num_actions, args.frame_stack, args.frame_size, args.shared_network, args.scale_obs)
+    content = load_file(path, "flags")
+    args = parse_args(args.argv, content["flags"], str(path))
+    env, folder, step, run = make_env(args), Path(args.output or path.parent), content.get("step", 0), Nothing()
+    with must_fit(f"the weights in {path} do not fit {args.env_id} and these flags"):
+        with torch.device("meta"):  # the shapes alone, before anything large is allocated
+            shapes = {name: tensor.shape for name, tensor in make_agent(args, env).state_dict().items()}
+        if (
+            {name: tensor.shape for name, tensor in content["weights"].items()} != shapes
+            or type(step) is not int
+            or not 0 <= step < 2**53
+        ):
+            raise ValueError("other shapes")
+        agent = make_agent(args, env)
         agent.load_state_dict(content["weights"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise UsageError(f"the weights in {path} do not fit {args.env_id} and these flags") from None
-    agent.dtype = choose_dtype(args, torch.device("cpu"))
-    agent = inference_copy(agent)
-    torch.set_num_threads(1)  # as in Player.rollout; and waiting threads spin, which starves a training next to it
-    if args.play:
-        (score, length), *_ = play_games(args, agent, 1, mode="human")
-        print(f"score {score:g} in {length} steps")
-        return 0
-    run = RunDirectory(path.parent)
-    if args.eval_episodes:
-        evaluate_agent(args, agent, content.get("step", 0), run)
-    run.writer.close()
-    return int(run.failed)
+    agent = inference_copy(agent, choose_dtype(args, torch.device("cpu")))
+    torch.set_num_threads(1)  # as in a worker; and waiting threads spin, which starves a training next to it
+    try:
+        if args.output:
+            folder.mkdir(parents=True, exist_ok=True)
+        if args.output or (folder / "checkpoint.pt").exists():  # and not beside an agent that somebody has published
+            run = RunDirectory(folder) if os.access(folder, os.W_OK) else refuse(f"cannot write to {folder}")
+    except (OSError, UsageError) as error:
+        say(f"ppo_atari.py: {error}; the scores are shown here alone", sys.stderr)
+    with closing(StopRequest("stopping the evaluation")) as stop, closing(run):
+        if args.play:
+            print(
+                *(
+                    f"score {score:g} in {length} steps"
+                    for score, length in full_games(args, agent, 1, stop, None, "human")
+                )
+            )
+        else:
+            score_agent(args, agent, step, run, stop)
+        return 128 + stop.signum if stop.signum else int(bool(run.failing))
 
 
-def play(args: argparse.Namespace) -> int:
+def play(args: Args) -> int:
     """--play: a person plays the game in a window, at its real speed."""
     try:
         from gymnasium.utils.play import play as play_in_window
@@ -1341,7 +1662,7 @@ def play(args: argparse.Namespace) -> int:
     return 0
 
 
-# ----------------------------------------------------------------------------------------------------------- 8 entry
+# ----------------------------------------------------------------------------------------------------------- 9 entry
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1350,16 +1671,16 @@ def main(argv: list[str] | None = None) -> int:
     program = evaluate if args.evaluate else play if args.play else train
     try:
         return program(args)
-    except (UsageError, RunError) as error:
-        print(f"ppo_atari.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    except UsageError as error:
+        code, text = 2, f"error: {' '.join(str(error).split())}"
     except KeyboardInterrupt:
-        print("ppo_atari.py: stopped at once; what was saved before is kept", file=sys.stderr)
-        return 130
+        code, text = 130, "stopped at once; what was saved before is kept"
     except Exception as error:
-        print(f"ppo_atari.py: error: {error.__class__.__name__}: {error}", file=sys.stderr)
-        traceback.print_exc()
-        return 1
+        code, text = 1, f"error: {shortage(error, args) or error}"
+        if not isinstance(error, RunError) and not shortage(error, args):
+            traceback.print_exc()
+    print(f"ppo_atari.py: {text}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +29,24 @@ def start(*argv: Any, cwd: Path, program: tuple = (SCRIPT,), **env: str) -> subp
         )  # fmt: skip
 
 
-def _forked(cwd: Path, argv: list[str]) -> None:
+def _forked(cwd: Path, argv: list[str], before: Callable[[], Any] | None) -> None:
     os.setsid()
     os.chdir(cwd)
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
+    if before is not None:
+        before()
     sys.exit(ppo_atari.main(argv))
 
 
-def fork(*argv: Any, cwd: Path) -> multiprocessing.process.BaseProcess:
-    """The same as start, without the seconds that the imports take: from a server that has imported everything."""
+def fork(*argv: Any, cwd: Path, before: Callable[[], Any] | None = None) -> multiprocessing.process.BaseProcess:
+    """The same as start, without the seconds that the imports take: from a server that has imported everything. The
+    process first calls `before`, a function of a test module: to limit what it gets, say."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ppo_atari", "torch.utils.tensorboard"])
-    process = context.Process(target=_forked, args=(cwd, list(map(str, argv))))
+    process = context.Process(target=_forked, args=(cwd, list(map(str, argv)), before))
     with pytest.MonkeyPatch.context() as patch:  # the server does not learn this process' sys.path
         patch.setenv("PYTHONPATH", str(SCRIPT.parent))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -65,6 +71,12 @@ def wait_for(condition: Any, timeout: float = 120, pause: float = 0.01) -> None:
         time.sleep(pause)
 
 
+def handles_signals(pid: int) -> bool:
+    """Whether a handler of the script's own stands: Python itself has none for SIGTERM."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return caught is not None and bool(int(caught[1], 16) & 1 << (signal.SIGTERM - 1))
+
+
 def living(session: int) -> list[int]:
     """The processes of a session that are still there."""
     found = []
@@ -86,6 +98,28 @@ def run_directory(cwd: Path) -> Path:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "agent.pt", weights_only=True)["weights"]
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """Each file below a folder with its bytes, and each folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def differences(first: Any, second: Any, where: str = "") -> list[str]:
+    """The paths within two checkpoints at which they are not equal, bit for bit."""
+    if type(first) is not type(second):
+        return [where]
+    if isinstance(first, dict):
+        if first.keys() != second.keys():
+            return [f"{where}: keys"]
+        return sum((differences(first[key], second[key], f"{where}/{key}") for key in first), [])
+    if isinstance(first, (list, tuple)):
+        if len(first) != len(second):
+            return [f"{where}: length"]
+        return sum((differences(*pair, f"{where}/{i}") for i, pair in enumerate(zip(first, second))), [])
+    equal = torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+    return [] if equal else [where]
 
 
 def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

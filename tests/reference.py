@@ -1,52 +1,204 @@
-"""Copies what is worth keeping of finished runs to runs/reference/: python tests/reference.py RUN_DIRECTORY ...
+"""What is worth keeping of finished runs, in runs/reference/, and the README's tables of it.
 
-The scalars as one mean per 10 000 steps, args.json, eval.json, the last video, the curve as a PNG (pip install
-matplotlib) and agent.pt with the networks' weights in bfloat16, which is what --precision bfloat16 plays with anyway.
+    python tests/reference.py RUN_DIRECTORY ...            keep runs whole: one seed of each game
+    python tests/reference.py --brief RUN_DIRECTORY ...    keep curves, flags and scores only: the other seeds
+    python tests/reference.py --table                      print the README's tables from what is kept
+    python tests/reference.py --picture OUT.png            draw all games, with the spread over seeds
+
+Kept are the scalars as one mean per 10 000 steps, args.json and eval.json; of a whole run, also the last video, what
+TensorBoard shows in its Images tab, the curve as a PNG, and agent.pt with the networks' weights in bfloat16, with which
+--precision bfloat16 plays anyway. Pictures need matplotlib (pip install matplotlib).
 """
 
+import argparse
+import json
 import shutil
-import sys
+from collections import defaultdict
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from plot import main as plot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 REFERENCE = Path(__file__).resolve().parents[1] / "runs" / "reference"
+PUBLISHED = {  # after 10 000 000 steps: openai/baselines and CleanRL's ppo_atari.py, from CleanRL's documentation
+    "BreakoutNoFrameskip-v4": ("406.57 ± 31.55", "414.66 ± 28.09", "430.1 ± 8.1"),
+    "PongNoFrameskip-v4": ("20.51 ± 0.50", "20.36 ± 0.20", "20.82 ± 0.21"),
+    "BeamRiderNoFrameskip-v4": ("2 642.97 ± 670.37", "1 915.93 ± 484.58", "2 861 ± 801"),
+    "QbertNoFrameskip-v4": ("", "", "17 246 ± 605"),
+    "SeaquestNoFrameskip-v4": ("", "", "1 518 ± 400"),
+    "SpaceInvadersNoFrameskip-v4": ("", "", "1 189 ± 81"),
+    "ALE/Breakout-v5": ("", "", "326.5 (16 environments, lambda 0.70: SLM-Lab)"),
+}
+MILESTONES = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000)
+GOALS = {"PongNoFrameskip-v4": (18,), "BreakoutNoFrameskip-v4": (100, 400), "ALE/Breakout-v5": (100,)}
 
 
-def thin(run: Path, target: Path, every: int = 10_000) -> None:
-    """Writes the mean of each scalar over each stretch of steps, at its last step and time; evaluations whole."""
+def scalars(run: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a curve."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+    return np.array([point.step for point in points]), np.array([point.value for point in points])
+
+
+def last_100(steps: np.ndarray, returns: np.ndarray, thinned: bool) -> np.ndarray:
+    """At each point, the mean of the last 100 games; of a thinned curve, of the last 100 000 steps."""
+    total = np.concatenate([[0.0], np.cumsum(returns)])
+    last = np.arange(1, len(total))
+    first = np.searchsorted(steps, steps - 100_000, side="right") if thinned else np.maximum(0, last - 100)
+    return (total[last] - total[first]) / (last - first)
+
+
+def thin(run: Path, target: Path, images: bool, every: int = 10_000) -> None:
+    """Writes the mean of each scalar over each stretch of steps, at its last step and time; evaluations whole.
+
+    charts/return_100, the mean of the last 100 games, is added: it cannot be computed from the means.
+    """
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
     writer = SummaryWriter(str(target))
     for tag in events.Tags()["scalars"]:
-        for _, stretch in groupby(events.Scalars(tag), lambda point: point.step // every):
-            points = list(stretch)
-            value = points[-1].value if tag.startswith("eval/") else np.mean([point.value for point in points])
-            writer.add_scalar(tag, value, points[-1].step, points[-1].wall_time)
+        points = events.Scalars(tag)
+        if tag == "charts/episodic_return":
+            means = last_100(np.array([p.step for p in points]), np.array([p.value for p in points]), False)
+            for _, stretch in groupby(zip(points, means), lambda pair: pair[0].step // every):
+                point, mean = list(stretch)[-1]
+                writer.add_scalar("charts/return_100", mean, point.step, point.wall_time)
+        for _, stretch in groupby(points, lambda point: point.step // every):
+            stretch = list(stretch)
+            value = stretch[-1].value if tag.startswith("eval/") else np.mean([point.value for point in stretch])
+            writer.add_scalar(tag, value, stretch[-1].step, stretch[-1].wall_time)
+    for tag in events.Tags()["images"] if images else ():
+        last = events.Images(tag)[-1]
+        image = Summary.Image(height=last.height, width=last.width, colorspace=3,
+                              encoded_image_string=last.encoded_image_string)  # fmt: skip
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), last.step)
     writer.close()
 
 
-def keep(run: Path) -> None:
+def keep(run: Path, brief: bool) -> None:
     target = REFERENCE / run.name
     target.mkdir(parents=True)
-    thin(run, target)
+    thin(run, target, images=not brief)
     for name in ("args.json", "eval.json"):
         shutil.copy(run / name, target / name)
-    for video in sorted(run.glob("videos/*.webm"), key=lambda path: path.stat().st_mtime)[-1:]:
-        shutil.copy(video, target / "video.webm")
-    content = torch.load(run / "agent.pt", weights_only=True)
-    for name, tensor in content["weights"].items():
-        if "network" in name:
-            content["weights"][name] = tensor.bfloat16()
-    torch.save(content, target / "agent.pt")
-    plot(target / "curve.png", run)
+    if not brief:
+        for video in sorted(run.glob("videos/*.webm"), key=lambda path: path.stat().st_mtime)[-1:]:
+            shutil.copy(video, target / "video.webm")
+        content = torch.load(run / "agent.pt", weights_only=True)
+        for name, tensor in content["weights"].items():
+            if "network" in name:
+                content["weights"][name] = tensor.bfloat16()
+        torch.save(content, target / "agent.pt")
+        from plot import main as plot
+
+        plot(target / "curve.png", run)
     print(target, f"{sum(path.stat().st_size for path in target.iterdir()) / 2**20:.1f} MB")
 
 
+def facts(run: Path) -> dict:
+    """What the tables say of one kept run."""
+    about, evaluated = (json.loads((run / name).read_text()) for name in ("args.json", "eval.json"))
+    flags = about["flags"]
+    steps, means = scalars(run, "charts/return_100")
+    if not len(steps):  # kept before that curve was
+        steps, returns = scalars(run, "charts/episodic_return")
+        means = last_100(steps, returns, True)
+    at, speed = scalars(run, "charts/SPS")
+    hours = np.cumsum(np.diff(at, prepend=0) / speed) / 3600
+    return {
+        "game": flags["env_id"], "seed": flags["seed"], "total": flags["total_timesteps"], "steps": evaluated["step"],
+        "curve": (steps, means), "return": means[-1], "evaluation": evaluated["mean"], "games": evaluated["scores"],
+        "random": evaluated["random_mean"], "hours": (at, hours), "device": about["hardware"]["device"],
+    }  # fmt: skip
+
+
+def number(value: float) -> str:
+    return f"{value:,.1f}".replace(",", " ")
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    return number(np.mean(values)) + (f" ± {number(np.std(values, ddof=1))}" if len(values) > 1 else "")
+
+
+def groups() -> dict[tuple[str, int], list[dict]]:
+    """The kept runs by game and length."""
+    found = defaultdict(list)
+    for path in sorted(REFERENCE.glob("*/eval.json")):
+        run = facts(path.parent)
+        found[run["game"], run["total"]].append(run)
+    return dict(sorted(found.items(), key=lambda item: (-item[0][1], item[0][0])))
+
+
+def row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def table() -> None:
+    row("game", "steps", "seeds", "training, last 100 games", "evaluation, full games", "random play",
+        "openai/baselines", "CleanRL", "best known", "hours")  # fmt: skip
+    row(*["---"] * 10)
+    for (game, total), runs in groups().items():
+        steps = f"{min(run['steps'] for run in runs):,}".replace(",", " ")
+        if min(run["steps"] for run in runs) < 0.99 * total:
+            steps += f" of {total:,}".replace(",", " ")
+        evaluation = spread([run["evaluation"] for run in runs])
+        if len(runs) == 1:
+            evaluation += f" ± {number(np.std(runs[0]['games']))} (over games)"
+        row(f"`{game}`", steps, len(runs), spread([run["return"] for run in runs]),
+            f"{evaluation}, {len(runs[0]['games'])} each", number(np.mean([run["random"] for run in runs])),
+            *(PUBLISHED.get(game, ("", "", "")) if total >= 10_000_000 else ("", "", "")),
+            number(np.mean([run["hours"][1][-1] for run in runs])))  # fmt: skip
+    print()
+    row("game", *(f"{milestone:,}".replace(",", " ") for milestone in MILESTONES), "reached, after hours")
+    row(*["---"] * (len(MILESTONES) + 2))
+    for (game, total), runs in groups().items():
+        cells = []
+        for milestone in MILESTONES:
+            reached = [run for run in runs if run["steps"] >= 0.99 * milestone]
+            values = [run["curve"][1][run["curve"][0] <= milestone][-1] for run in reached]
+            cells.append(number(np.mean(values)) if values else "")
+        goals = []
+        for goal in GOALS.get(game, ()):
+            crossed = [run["curve"][0][run["curve"][1] >= goal][:1] for run in runs]
+            hours = [np.interp(at[0], *run["hours"]) for at, run in zip(crossed, runs) if len(at)]
+            goals += [f"{goal}: {number(np.mean(hours))}"] if len(hours) == len(runs) else []
+        row(f"`{game}` ({total:,} steps)".replace(",", " "), *cells, "; ".join(goals))
+
+
+def picture(out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kept = groups()
+    figure, axes = plt.subplots(1, len(kept), figsize=(4 * len(kept), 3), dpi=120, squeeze=False)
+    for ax, ((game, _), runs) in zip(axes[0], kept.items()):
+        grid = np.linspace(0, min(run["curve"][0][-1] for run in runs), 300)
+        curves = np.array([np.interp(grid, *run["curve"]) for run in runs])
+        ax.plot(grid, curves.mean(0))
+        ax.fill_between(grid, curves.min(0), curves.max(0), alpha=0.3)
+        ax.set(title=f"{game}, {len(runs)} seed{'s' * (len(runs) > 1)}", xlabel="steps (4 frames each)")
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("return, mean of 100 games")
+    figure.tight_layout()
+    figure.savefig(out)
+
+
 if __name__ == "__main__":
-    for directory in sys.argv[1:]:
-        keep(Path(directory))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories to keep")
+    parser.add_argument("--brief", action="store_true", help="keep curves, flags and scores only")
+    parser.add_argument("--table", action="store_true", help="print the README's tables")
+    parser.add_argument("--picture", type=Path, help="draw all kept games into this file")
+    options = parser.parse_args()
+    for directory in options.runs:
+        keep(directory, options.brief)
+    if options.table:
+        table()
+    if options.picture:
+        picture(options.picture)

@@ -59,6 +59,28 @@ MISTAKES = [
     ("--evaluate nowhere", "nowhere"),
     ("--num-minibatches 1024", "minibatch of one"),
     ("--precision float8", "--precision"),
+    ("--learning-rat 1", "--learning-rat"),
+    ("--evaluate=", "path"),
+    ("--resume=", "path"),
+    ("--output=", "path"),
+    ("--evaluate nowhere --output=", "path"),
+    ("--clip-coef 1e39", "--clip-coef"),
+    ("--learning-rate 1e-60", "--learning-rate"),
+    ("--ent-coef-final 1e300", "--ent-coef-final"),
+    ("--target-kl 0", "--target-kl"),
+    ("--frame-skip 0", "--frame-skip"),
+    ("--frame-stack 65", "--frame-stack"),
+    (f"--noop-max {10**15}", "--noop-max"),
+    (f"--num-envs {10**15}", "--num-envs"),
+    (f"--num-workers {10**15}", "--num-workers"),
+    (f"--total-timesteps {10**30}", "--total-timesteps"),
+    (f"--seed {2**31}", "--seed"),
+    ("--start-method thread", "--start-method"),
+    ("--no-gamma", "--no-gamma"),
+    ("--clip-vloss=yes", "--clip-vloss"),
+    ("breakout", "breakout"),
+    ("--gamma", "--gamma"),
+    ("--evaluate a --resume b", "b"),
 ]
 
 
@@ -82,14 +104,60 @@ def test_exit_code_and_line_of_the_real_program():
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
+def test_a_flag_must_be_typed_in_full(capsys):
+    """Else --learning-rat would work until another flag begins like it."""
+    for name in parse_args([]).flags:
+        with pytest.raises(SystemExit) as exit:
+            parse_args(["--" + name.replace("_", "-")[:-1], "1"])
+        assert exit.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_help_names_every_flag_with_its_default(capsys):
+    """Once, and none that says None: an absent default is told in words or not at all."""
     with pytest.raises(SystemExit) as exit:
         parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert exit.value.code == 0
-    assert "(default: 0.00025)" in text and "(default: 10000000)" in text
-    for name in parse_args([]).flags:
-        assert "--" + name.replace("_", "-") in text
+    assert "(default: 0.00025)" in text and "(default: 10000000)" in text and "None" not in text
+    told = text[text.index(" options: ") :]
+    names = [f"--{name.replace('_', '-')}" for name in parse_args([]).flags]
+    starts = [re.search(rf" {name}(,| N| TEXT| {{)", told).start() for name in names]
+    for (name, default), start in zip(parse_args([]).flags.items(), starts):
+        end = min((other for other in starts if other > start), default=len(told))
+        defaults = re.findall(r"\(default: ([^)]*)\)", told[start:end])
+        if name == "inference_batch":  # which the machine decides
+            assert len(defaults) == 1 and not re.search(r"\d", defaults[0])
+        elif default is None:
+            assert len(defaults) <= 1 and not any(re.fullmatch(r"[\d.]*", text) for text in defaults)
+        else:
+            assert defaults == [str(default)], name
+    assert sorted(starts) == starts  # each was found in its own place
+
+
+SAVED = {"gamma": 0.9, "env_id": "ALE/Pong-v5", "seed": 7, "clip_vloss": False, "num_workers": 3, "eval_episodes": 2}
+
+
+def test_saved_flags_count_where_nothing_is_said():
+    """An agent's own flags, but the machine and what is asked for are those of today; what is missing has a default."""
+    args, plain = parse_args(["--gamma", "0.8"], SAVED, "agent.pt"), parse_args([])
+    assert (args.gamma, args.env_id, args.seed, args.clip_vloss) == (0.8, "ALE/Pong-v5", 7, False)
+    assert (args.num_workers, args.eval_episodes) == (plain.num_workers, plain.eval_episodes)
+    assert (args.gae_lambda, args.num_envs) == (0.95, 8)
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ({"gamma": 7}, "--gamma"), ({"gamma": None}, "gamma"), ({"no_such_flag": 1}, "no_such_flag"), (["gamma"], ""),
+        ({"env_id": "ALE/Chess-v5"}, "Chess"), ({"seed": "--play"}, "--seed"), ({"clip_vloss": "yes"}, "--clip-vloss"),
+    ],
+)  # fmt: skip
+def test_saved_flags_pass_the_same_checks(saved, says, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_args([], saved, "some/agent.pt")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "some/agent.pt" in error and says in error and error.count("\n") == 1
 
 
 def test_pins_of_the_script_equal_requirements():
@@ -104,10 +172,14 @@ def test_every_detail_of_the_paper_is_marked():
 
 
 def test_readme_names_every_flag_that_exists_and_no_other():
+    """Besides this script's flags: those of the programs in tests/, of the recipes there, and of other tools."""
     flags = {"--" + name.replace("_", "-") for name in parse_args([]).flags}
     named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "README.md").read_text()))
     others = {"--logdir", "--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--help"}
-    others |= {"--device", "--scaling", "--iterations", "--flag", "--no-flag"} | {
-        flag.replace("--", "--no-", 1) for flag in flags
-    }
-    assert flags <= named and named <= flags | others
+    others |= {"--flag", "--no-flag", "--shm-size"} | {flag.replace("--", "--no-", 1) for flag in flags}
+    for path in (ROOT / "tests").glob("*.py"):
+        others |= set(re.findall(r'add_argument\("(--[a-z-]+)"', path.read_text()))
+    for path in (ROOT / "tests").glob("recipes/*"):
+        others |= {f"--{name}" for name in re.findall(r'^\+ +flag\("([a-z-]+)"', path.read_text(), re.MULTILINE)}
+    assert flags <= named, flags - named
+    assert named <= flags | others, named - flags - others

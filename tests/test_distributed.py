@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import SCRIPT, curves, finish, living, refusal, run_directory, same_weights, start, wait_for, weights
+from launch import (
+    SCRIPT,
+    curves,
+    differences,
+    finish,
+    living,
+    refusal,
+    run_directory,
+    same_weights,
+    start,
+    wait_for,
+    weights,
+)
 
 STEPS, ENVS, ITERATIONS = 300, 4, 4
 FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-envs", ENVS, "--num-steps", STEPS, "--frame-size", 36,
@@ -19,13 +31,17 @@ FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-envs", ENVS, "--num-steps", STEPS
          "--checkpoint-interval", 1]  # fmt: skip
 
 DRIVER = """
-import hashlib, json, os, sys
+import hashlib, inspect, json, os, pathlib, sys
 import torch
+import torch.distributed as dist
 sys.path.insert(0, sys.argv.pop(1))
 import ppo_atari
 
-rank, after, seen, first = os.environ.get("RANK", "0"), [], [], {}
-step, ppo_loss = torch.optim.Adam.step, ppo_atari.ppo_loss
+rank, after, seen, data, timeouts, during = os.environ.get("RANK", "0"), [], [], [], [], []
+step, ppo_loss, fill, init = torch.optim.Adam.step, ppo_atari.ppo_loss, ppo_atari.Learner.fill, dist.init_process_group
+
+def threads():
+    return [(path / "comm").read_text().strip() for path in pathlib.Path("/proc/self/task").iterdir()]
 
 def digest(tensors):
     return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
@@ -38,14 +54,26 @@ def watched_step(optimizer, *args, **kwargs):
         torch.save([p.detach().clone() for p in parameters], f"first{rank}.pt")
     return result
 
-def watched_loss(log_prob, entropy, value, old_log_prob, *args):
-    seen.append(digest([old_log_prob]))
-    return ppo_loss(log_prob, entropy, value, old_log_prob, *args)
+def watched_loss(*args, **kwargs):
+    seen.append(digest([inspect.signature(ppo_loss).bind(*args, **kwargs).arguments["old"]["log_prob"]]))
+    return ppo_loss(*args, **kwargs)
 
-torch.optim.Adam.step, ppo_atari.ppo_loss = watched_step, watched_loss
+def watched_fill(learner, storage, **computed):
+    data.append((storage["value"][:-1].clone(), computed["return_"].clone()))
+    during[:] = threads()
+    return fill(learner, storage, **computed)
+
+def watched_init(*args, **kwargs):
+    timeouts.append(kwargs["timeout"].total_seconds())
+    return init(*args, **kwargs)
+
+torch.optim.Adam.step, ppo_atari.ppo_loss, ppo_atari.Learner.fill = watched_step, watched_loss, watched_fill
+dist.init_process_group = watched_init
 code = ppo_atari.main(sys.argv[1:])
+torch.save(data, f"data{rank}.pt")
 with open(f"rank{rank}.json", "w") as file:
-    json.dump({"after": after, "seen": seen}, file)
+    about = {"during": during, "threads": threads(), "group": dist.is_initialized(), "timeouts": timeouts}
+    json.dump({"after": after, "seen": seen} | about, file)
 sys.exit(code)
 """
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -63,6 +91,14 @@ def watched(cwd: Path, *launcher: str) -> Path:
 def pair(tmp_path_factory):
     """A run of two processes that nothing interrupts."""
     return watched(tmp_path_factory.mktemp("pair"), *TORCHRUN)
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Equal bit for bit: weights, optimizer, the games and generators of both ranks, and each point of the curves."""
+    first, second = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (run, whole))
+    assert not differences(first | {"flags": None}, second | {"flags": None})
+    assert same_weights(weights(run), weights(whole))
+    assert curves(run) == curves(whole)
 
 
 def ranks(session: int) -> dict[int, int]:
@@ -93,6 +129,40 @@ def test_rank_0_alone_writes_and_speaks(pair):
     assert len(list(pair.glob("events.out.tfevents.*"))) == 1
     steps = [STEPS * ENVS * (i + 1) for i in range(ITERATIONS)]
     assert [step for step, _ in curves(pair)["losses/value_loss"]] == steps
+
+
+def test_no_thread_of_the_group_outlives_it(pair):
+    """gloo's threads, alive at the interpreter's end, abort the process now and then. And while rank 0 evaluates, the
+    others wait for longer than the half hour, or ten minutes, that torch would allow them."""
+    for rank in (0, 1):
+        about = json.loads((pair.parent.parent / f"rank{rank}.json").read_text())
+        assert not about["group"] and not [name for name in about["threads"] if "gloo" in name], about["threads"]
+        assert [name for name in about["during"] if "gloo" in name], "the group has threads that this test cannot see"
+        assert about["timeouts"] and min(about["timeouts"]) >= 24 * 60 * 60
+
+
+def test_explained_variance_is_that_of_all_data(pair):
+    """1 - Var(returns - values) / Var(returns), of what both ranks collected: no mean of two ratios."""
+    halves = [torch.load(pair.parent.parent / f"data{rank}.pt") for rank in (0, 1)]
+    logged, means = [value for _, value in curves(pair)["losses/explained_variance"]], []
+    assert len(logged) == len(halves[0]) == len(halves[1]) == ITERATIONS
+    for both, value in zip(zip(*halves), logged):
+        ratios = [1 - float((r - v).double().var() / r.double().var()) for v, r in both]
+        values, returns = (torch.cat([part.flatten() for part in parts]).double() for parts in zip(*both))
+        assert value == pytest.approx(1 - float((returns - values).var() / returns.var()), rel=1e-4, abs=1e-6)
+        means.append(sum(ratios) / 2)
+    assert max(abs(value - mean) for value, mean in zip(logged, means)) > 1e-4, "the two could not be told apart"
+
+
+def test_checkpoint_holds_what_differs_for_each_rank_and_the_rest_once(pair):
+    """Each rank has its own games and its own shuffler; weights and optimizer are the same and lie there once."""
+    saved = torch.load(pair / "checkpoint.pt", weights_only=True)
+    first, second = saved["ranks"]
+    assert first.keys() == second.keys() >= {"shuffler", "generator", "environments", "obs"}
+    assert not first.keys() & saved.keys()
+    assert {"weights", "optimizer", "iteration", "recent", "knobs", "flags"} <= saved.keys()
+    assert all(differences(first[name], second[name]) for name in first)
+    assert len(first["environments"]) == len(second["environments"]) == ENVS // 2
 
 
 def test_two_ranks_do_what_one_process_does(pair, tmp_path):
@@ -126,11 +196,7 @@ def test_rank_that_dies_takes_the_run_down(pair, tmp_path):
     assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
     program = (*TORCHRUN, SCRIPT)
     assert finish(start("--resume", run, cwd=tmp_path, program=program)) == 0, (tmp_path / "log").read_text()
-    assert same_weights(weights(run), weights(pair))
-    got, expected = curves(run), curves(pair)
-    assert {tag: [step for step, _ in got[tag]] for tag in got} == {
-        tag: [s for s, _ in expected[tag]] for tag in expected
-    }
+    assert_same_run(run, pair)
 
 
 def test_another_number_of_processes_is_refused(pair, tmp_path, capfd):
@@ -168,7 +234,7 @@ def test_signal_to_one_rank_stops_both(pair, tmp_path):
     assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
     both = [start("--resume", run, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
     assert [finish(process) for process in both] == [0, 0], (tmp_path / "log").read_text()
-    assert same_weights(weights(run), weights(pair))
+    assert_same_run(run, pair)
 
 
 LEARNER = """

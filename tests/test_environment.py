@@ -1,11 +1,17 @@
-"""Section 2: the seven wrappers, each against the emulator itself or a slow version of its own."""
+"""Section 2: the seven wrappers, each against the emulator or a slow version of its own, and what is saved of them."""
 
+import io
+import multiprocessing
+from collections import deque
 from types import SimpleNamespace
 
+import ale_py
 import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from launch import refusal
 
 import ppo_atari as p
 from ppo_atari import make_env, parse_args
@@ -112,8 +118,8 @@ def test_the_maximum_is_taken_before_the_luminance():
             super().__init__([])
             self.frame = 0
             self.ale = SimpleNamespace(
-                getMinimalActionSet=lambda: [0, 1, 2, 3], act=self.act, game_over=lambda with_truncation=True: False,
-                game_truncated=lambda: False, getScreenRGB=self.screen,
+                act=self.act, game_over=lambda with_truncation=True: False, game_truncated=lambda: False,
+                getScreenRGB=self.screen,
             )  # fmt: skip
 
         def act(self, action):
@@ -175,19 +181,27 @@ def test_a_fire_step_that_ends_the_game_returns_the_new_games_observation():
     assert (obs == 202).all()
 
 
-def test_fire_only_where_the_game_has_it():
-    def wrappers(env):
-        return [] if env is env.unwrapped else [type(env), *wrappers(env.env)]
+def wrappers(env):
+    """All wrappers, from the outermost on."""
+    return [] if env is env.unwrapped else [env, *wrappers(env.env)]
 
-    with_fire, without = make_env(args_for("ALE/Breakout-v5")), make_env(args_for("ALE/MsPacman-v5"))
-    assert p.FireResetEnv in wrappers(with_fire) and p.FireResetEnv not in wrappers(without)
-    assert p.FireResetEnv not in wrappers(make_env(args_for("ALE/Breakout-v5", "--no-fire-reset")))
+
+def test_the_order_of_the_wrappers_is_baselines():
     order = [p.FrameStack, p.ClipRewardEnv, p.WarpFrame, p.FireResetEnv, p.EpisodicLifeEnv]
     order += [p.RecordEpisodeStatistics, p.MaxAndSkipEnv, p.NoopResetEnv]
-    assert wrappers(with_fire)[:8] == order
-    backgammon = make_env(args_for("ALE/Backgammon-v5"))  # no NOOP, and FIRE is action 0
-    fire = next(w for w in (backgammon.env.env.env, backgammon.env.env) if isinstance(w, p.FireResetEnv))
-    assert p.find_action(fire, "FIRE") == 0 and p.find_action(fire, "NOOP") is None
+    types = [type(wrapper) for wrapper in wrappers(make_env(args_for("ALE/Breakout-v5")))]
+    assert [kind for kind in types if kind in order] == order
+
+
+def test_fire_only_where_the_game_has_it():
+    def presses_fire(*flags):
+        return any(isinstance(wrapper, p.FireResetEnv) for wrapper in wrappers(make_env(args_for(*flags))))
+
+    assert presses_fire("ALE/Breakout-v5") and not presses_fire("ALE/MsPacman-v5")
+    assert not presses_fire("ALE/Breakout-v5", "--no-fire-reset")
+    assert presses_fire("ALE/Backgammon-v5")  # no NOOP, and FIRE is action 0
+    backgammon = make_env(args_for("ALE/Backgammon-v5"))
+    assert p.find_action(backgammon, "FIRE") == 0 and p.find_action(backgammon, "NOOP") is None
 
 
 @pytest.mark.parametrize(("reward", "sign"), [(-7.5, -1), (-0.1, -1), (0, 0), (0.2, 1), (400, 1)])
@@ -254,19 +268,68 @@ def test_all_games_are_tested():
     assert len([name for name in ALL_GAMES if name.startswith("ALE/")]) == 104 and len(ALL_GAMES) > 150
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_every_game_can_be_played(part):
-    sizes = set()
-    for env_id in ALL_GAMES[part::4]:
-        env = make_env(args_for(env_id, "--noop-max", "1"))
+@pytest.fixture(scope="module", params=range(4))
+def played(request):
+    """A quarter of all games, every action once: number of actions, last observation and all rewards, by id."""
+    found = {}
+    for env_id in ALL_GAMES[request.param :: 4]:
+        env, rewards = make_env(args_for(env_id, "--noop-max", "1")), []
         obs, _ = env.reset(seed=1)
         for action in range(env.action_space.n):
             obs, reward, terminated, truncated, _ = env.step(action)
+            rewards.append(reward)
             if terminated or truncated:
                 obs, _ = env.reset()
-        assert obs.shape == (4, 84, 84) and obs.dtype == np.uint8 and reward in (-1, 0, 1), env_id
-        sizes.add(int(env.action_space.n))
+        found[env_id] = int(env.action_space.n), obs, rewards
+    return found
+
+
+def test_every_game_can_be_played(played):
+    assert all(obs.shape == (4, 84, 84) and obs.dtype == np.uint8 for _, obs, _ in played.values())
+    sizes = {size for size, _, _ in played.values()}
     assert min(sizes) >= 3 and max(sizes) == 18
+
+
+def test_every_games_rewards_are_signs(played):
+    assert all(set(rewards) <= {-1, 0, 1} for _, _, rewards in played.values())
+
+
+def test_every_game_has_all_actions_if_asked():
+    """18, in the emulator's own order, in which NOOP and FIRE come first; the emulator takes 9 in two games."""
+    names, fewer = [ale_py.Action(i).name for i in range(18)], {"ALE/LostLuggage-v5", "ALE/Skiing-v5"}
+    for env_id in ALL_GAMES[:104]:
+        env = make_env(args_for(env_id, "--full-action-space", "--noop-max", "1"))
+        meanings = [name for name in names if "FIRE" not in name] if env_id in fewer else names
+        assert env.unwrapped.get_action_meanings() == meanings and env.action_space.n == len(meanings), env_id
+        assert p.find_action(env, "NOOP") == 0 and p.find_action(env, "FIRE") == (None if env_id in fewer else 1)
+        assert any(isinstance(wrapper, p.FireResetEnv) for wrapper in wrappers(env)) == (env_id not in fewer)
+        (noops,) = (wrapper for wrapper in wrappers(env) if isinstance(wrapper, p.NoopResetEnv))
+        assert noops.noop == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--full-action-space",)], ids=["the game's actions", "all actions"])
+@pytest.mark.parametrize("game", ["Breakout", "MsPacman", "Backgammon", "VideoCheckers", "Freeway"])
+def test_an_action_is_the_emulators_of_that_meaning(game, flags):
+    """Against an emulator of its own that is told the meaning: the same memory after every action."""
+    plain = ("--noop-max", "0", "--no-fire-reset", "--no-episodic-life", "--repeat-action-probability", "0")
+    env = make_env(args_for(f"ALE/{game}-v5", *plain, *flags))
+    env.reset(seed=1)
+    ale = ale_py.ALEInterface()
+    ale.setInt("random_seed", env.unwrapped.ale.getInt("random_seed"))
+    ale.setFloat("repeat_action_probability", 0)
+    ale.loadROM(ale_py.roms.get_rom_path(env.unwrapped.spec.kwargs["game"]))
+    ale.reset_game()
+    pressed = set()
+    for i in np.random.default_rng(1).integers(env.action_space.n, size=300):
+        _, _, terminated, truncated, _ = env.step(i)
+        if terminated or truncated:
+            break
+        meaning = env.unwrapped.get_action_meanings()[i]
+        for _ in range(4):
+            ale.act(getattr(ale_py.Action, meaning))
+        pressed.add(meaning)
+        np.testing.assert_array_equal(env.unwrapped.ale.getRAM(), ale.getRAM())
+    assert len(pressed) == env.action_space.n == (18 if flags else len(env.unwrapped.ale.getMinimalActionSet()))
 
 
 @pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "BreakoutNoFrameskip-v4", "ALE/MsPacman-v5"])
@@ -303,3 +366,221 @@ def test_forgetting_the_last_action_changes_nothing_else():
     before = env.unwrapped.ale.cloneState(include_rng=True).serialize()
     p.forget_last_action(env)
     assert env.unwrapped.ale.cloneState(include_rng=True).serialize() == before
+
+
+class Remembering(gym.Wrapper):
+    """What a user's wrapper may keep, of every kind; declared here, and used and extended below."""
+
+    saved = ("steps", "mean", "counts", "last", "noise")
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.steps, self.mean, self.counts, self.label = 0, 0.5, np.zeros((3, 2), np.int64), "start"
+        self.last, self.noise = deque(maxlen=3), np.random.default_rng(0)
+
+
+class Surprising(Remembering):
+    """Its rewards depend on all of it."""
+
+    saved = ("label", "bonus", "flags")
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.bonus, self.flags = np.float64(0.1).repeat(4), [True, None]
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        self.steps += 1
+        self.mean = 0.9 * self.mean + 0.1 * float(obs.mean()) / 3
+        self.counts[action % 3, self.steps % 2] += 1
+        self.last.append(obs[0, ::40, ::40].astype(np.float32) / 7)
+        self.bonus = self.bonus * 1.1 % 1
+        self.label, self.flags = self.label[-4:] + str(action), [not self.flags[0], self.steps]
+        past = sum(float(frame.sum()) for frame in self.last) + self.counts[0, 1] / 9 + float(self.bonus[2])
+        return obs, reward + self.mean + past + self.noise.normal() + len(self.label) + self.flags[0], *rest
+
+
+def through_a_file(content):
+    """As a checkpoint does it: nothing in it may need code to be run."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_a_users_wrapper_is_restored_exactly():
+    """Integers, floats, text, arrays, a deque of arrays, a generator, a list; declared in the class and in its base."""
+    args = args_for("ALE/Breakout-v5", "--no-clip-reward")
+    env, twin = Surprising(make_env(args)), Surprising(make_env(args))
+    rng = np.random.default_rng(2)
+
+    def rewards(env, actions):
+        for action in actions:
+            obs, reward, terminated, truncated, _ = env.step(int(action))
+            if terminated or truncated:
+                env.reset()
+            yield reward, int(obs.sum())
+
+    env.reset(seed=5)
+    list(rewards(env, rng.integers(4, size=101)))
+    p.forget_last_action(env)
+    state = through_a_file(p.get_env_state(env))
+    before = {name: getattr(env, name) for name in Remembering.saved + Surprising.saved}
+    before |= {"last": [frame.copy() for frame in env.last], "counts": env.counts.copy()}
+    actions = rng.integers(4, size=300)
+    expected = list(rewards(env, actions))  # the state is a copy: playing on does not change it
+    twin.reset(seed=99)
+    list(rewards(twin, [1, 2, 3] * 5))
+    p.set_env_state(twin, state)
+    for name, value in before.items():
+        mine = getattr(twin, name)
+        if name == "last":
+            assert isinstance(mine, deque) and mine.maxlen == 3
+            for frame, old in zip(mine, value, strict=True):
+                assert frame.dtype == old.dtype and np.array_equal(frame, old)
+        elif isinstance(value, np.ndarray):
+            assert mine.dtype == value.dtype and np.array_equal(mine, value)
+        elif name != "noise":
+            assert type(mine) is type(value) and mine == value, name
+    assert list(rewards(twin, actions)) == expected
+    assert len({reward for reward, _ in expected}) > 290
+
+
+def broken(**attributes):
+    """A wrapper class whose attributes are these."""
+    return type("Novelty", (gym.Wrapper,), attributes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("wrapper", "says"),
+    [
+        (broken(), "Novelty"),
+        (broken(saved=("nothing_like_it",)), "Novelty"),
+        (broken(saved=("seen",), seen={1}), "set"),
+    ],
+    ids=["nothing declared", "no such attribute", "of an unknown kind"],
+)
+def test_a_wrapper_that_no_checkpoint_would_hold_is_refused(wrapper, says, workers, tmp_path, monkeypatch, capfd):
+    """At the start, before there is a run directory; nobody is left behind."""
+    monkeypatch.chdir(tmp_path)
+    make = p.make_env
+    monkeypatch.setattr(p, "make_env", lambda *args, **kwargs: wrapper(make(*args, **kwargs)))
+    flags = ["--num-envs", 2, "--num-steps", 8, "--frame-size", 36, "--num-workers", workers, "--total-timesteps", 16]
+    assert says in refusal(capfd, *flags)
+    assert not (tmp_path / "runs").exists() and not multiprocessing.active_children()
+
+
+def test_a_stock_wrapper_is_declared_where_it_is_made():
+    env = gym.wrappers.TransformReward(make_env(args_for("ALE/Breakout-v5")), lambda reward: 2 * reward)
+    env.reset(seed=1)
+    with pytest.raises(p.UsageError, match="TransformReward"):
+        p.get_env_state(env)
+    env.saved = ()
+    p.set_env_state(env, through_a_file(p.get_env_state(env)))
+
+
+def test_another_games_state_is_refused():
+    """The emulator believes what it is given: bytes that are not of this game never reach it."""
+    env, other = make_env(args_for("ALE/Breakout-v5")), make_env(args_for("ALE/Pong-v5"))
+    env.reset(seed=1)
+    other.reset(seed=1)
+    good = p.get_env_state(env)
+    wrong = [p.get_env_state(other), good | {"emulator": good["emulator"][:-1]}, good | {"emulator": b""}, {}]
+    wrong += [good | {"wrappers": good["wrappers"][:-1]}, good | {"np_random": {}}]
+    for state in wrong:
+        with pytest.raises(p.UsageError, match="do not fit"):
+            p.set_env_state(env, state)
+
+
+class Opaque:
+    """Nothing that a checkpoint knows."""
+
+
+REFUSED = [Opaque(), {1, 2}, {"a": [Opaque()]}, deque([print]), np.array([Opaque()]), np.array(["text"]), Opaque]
+
+
+@pytest.mark.parametrize("value", REFUSED, ids=lambda value: type(value).__name__)
+def test_what_a_checkpoint_cannot_hold_is_refused(value):
+    with pytest.raises(p.UsageError, match="a checkpoint cannot hold"):
+        p.pack(value)
+
+
+def same(first, second):
+    """Of the same type and content, at every depth."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, np.ndarray | np.generic | torch.Tensor):
+        return first.dtype == second.dtype and first.shape == second.shape and bool((first == second).all())
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple | deque):
+        alike = getattr(first, "maxlen", None) == getattr(second, "maxlen", None) and len(first) == len(second)
+        return alike and all(map(same, first, second))
+    return first == second
+
+
+KEPT = {
+    "numbers": ([], [0, 2**70, -1.5, True, None, "text", b"bytes", float("inf")]),
+    "tuples": ((0, (0.0, 0)), (1, (2.5, 3))),
+    "numbers of numpy": (None, (np.float32(0.1), np.float64(2.5), np.int16(3), np.bool_(True))),
+    "array": (np.zeros((2, 3), np.uint8), np.arange(6, dtype=np.uint8).reshape(2, 3)),
+    "array with gaps": (None, np.arange(8.0)[::-2]),
+    "arrays of other types": (None, [np.zeros((0, 2), np.float32), np.array([True]), np.array([2**63], np.uint64)]),
+    "a dictionary that grew": ({}, {"room 1": 3, 7: [np.ones(2)]}),
+    "a dictionary that shrank": ({"room 1": 3, "room 2": 4}, {"room 1": 5}),
+    "a dictionary with all": ({"a": np.zeros(2)}, {"a": np.ones(2), "b": deque([(1, np.ones(1))], maxlen=2)}),
+    "a deque": (deque(), deque([np.ones(2), (1, 2), {"a": np.zeros(3)}])),
+    "a deque of limited length": (deque(maxlen=3), deque([1, 2, 3], maxlen=3)),
+    "a deque where nothing was": (None, deque([1, 2])),
+    "a tensor": (torch.zeros(2), torch.tensor([1.5, 2])),
+    "tensors": ({"a": torch.zeros(1)}, {"a": torch.ones(1), "b": torch.ones(2, 0, dtype=torch.bfloat16)}),
+    "a list of tensors": ([], [torch.ones(2), [torch.arange(3)]]),
+}
+
+
+@pytest.mark.parametrize(("fresh", "value"), KEPT.values(), ids=KEPT)
+def test_what_a_checkpoint_holds_comes_back(fresh, value):
+    """What stood in its place does not matter; a tensor and a dictionary are changed in place."""
+    kept = through_a_file(p.pack(value))
+    back = p.unpack(fresh, kept)
+    assert same(value, back), back
+    assert back is fresh or not isinstance(fresh, torch.Tensor | dict)
+
+
+KINDS_OF_GENERATORS = [np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64]
+
+
+@pytest.mark.parametrize("kind", [*KINDS_OF_GENERATORS, torch.Generator], ids=lambda kind: kind.__name__)
+def test_generators_come_back_in_place(kind):
+    def make(seed):
+        return kind().manual_seed(seed) if kind is torch.Generator else np.random.Generator(kind(seed))
+
+    def draw(generator):
+        if kind is torch.Generator:
+            return torch.rand(3, generator=generator).tolist()
+        return [*generator.random(3), *generator.integers(9, size=3, dtype=np.int32)]  # which keeps half a number
+
+    generator, other = make(1), make(2)
+    draw(generator)
+    kept = through_a_file(p.pack(generator))
+    expected = [draw(generator) for _ in range(3)]
+    draw(other)
+    assert p.unpack(other, kept) is other
+    assert [draw(other) for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize(
+    ("current", "saved"),
+    [
+        (1, "one"),
+        (1.5, [1]),
+        (torch.zeros(2), torch.zeros(3)),
+        ({"a": torch.zeros(1)}, {}),
+        (np.random.default_rng(), {}),
+    ],
+    ids=["text for a number", "a list for a number", "a longer tensor", "no tensor", "no generator"],
+)
+def test_a_value_that_does_not_fit_is_refused(current, saved):
+    with pytest.raises((ValueError, TypeError, KeyError, RuntimeError)):
+        p.unpack(current, saved)

@@ -4,8 +4,9 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from launch import curves, finish, here, refusal, run_directory, same_weights, start, weights
+from launch import content, curves, finish, here, refusal, run_directory, same_weights, start, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -161,25 +162,101 @@ def test_what_the_network_sees(trained):
 def test_foreign_agent_is_refused(what, run, capfd):
     """No file, a file of random bytes, a torch file of something else, an agent with another number of actions."""
     path = run / "agent.pt"
-    content = torch.load(path, weights_only=True)
+    saved = torch.load(path, weights_only=True)
     path.unlink()
     if what == "noise":
         path.write_bytes(np.random.default_rng(1).bytes(100_000))
     elif what == "other content":
         torch.save([1, 2, 3], path)
     elif what == "another game":
-        content["flags"]["env_id"] = "ALE/Breakout-v5"
-        torch.save(content, path)
+        saved["flags"]["env_id"] = "ALE/Breakout-v5"
+        torch.save(saved, path)
     assert path.name in refusal(capfd, "--evaluate", run)
     assert path.name in refusal(capfd, "--evaluate", path)
     assert not (run / "eval.json").exists()
 
 
+def evaluated(capfd, run: Path, *flags) -> tuple[str, str]:
+    """What --evaluate of one game prints, with exit code 0: the score, and what stands on standard error."""
+    code, out, error = here(capfd, "--evaluate", run, "--eval-episodes", 1, *flags)
+    assert code == 0 and re.search(r"(?m)^mean [\d.]+ .* over 1 full games", out), (out, error)
+    return out, own_lines(error)
+
+
+def own_lines(error: str) -> str:
+    """Without what OpenCV itself says about each film."""
+    return re.sub(r"(?m)^OpenCV: .*\n", "", error)
+
+
+def test_published_agent_stays_as_it_is(run, tmp_path, capfd):
+    """A directory without checkpoint.pt is not a run of one's own: its scores are printed, and nothing changes there.
+    --output names a directory, which need not exist, for what else there is."""
+    (run / "checkpoint.pt").unlink()
+    (run / "eval.json").write_text("what its author measured")
+    before, output = content(run), tmp_path / "new" / "scores"
+    out, error = evaluated(capfd, run, "--capture-video")
+    assert content(run) == before and error == ""
+    assert evaluated(capfd, run, "--capture-video", "--output", output) == (out, "")
+    assert content(run) == before
+    result = json.loads((output / "eval.json").read_text())
+    assert f"{result['scores'][0]:g}" in out
+    assert curves(output)["eval/episodic_return"] == [(96, pytest.approx(result["mean"]))]
+    assert [path.suffix for path in (output / "videos").iterdir()] == [".webm"]
+
+
+def test_output_leaves_the_run_as_it_is(run, tmp_path, capfd):
+    """With --output, everything goes there and nothing to the run, even to one's own."""
+    before = content(run)
+    evaluated(capfd, run, "--output", tmp_path / "scores")
+    assert content(run) == before
+    assert (tmp_path / "scores" / "eval.json").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_evaluating_where_nothing_can_be_written(run, capfd):
-    """One line says so: eval.json goes beside the agent, and not even root can write into this directory."""
+def test_evaluating_a_file_where_nothing_can_be_written(run, capfd):
+    """Not even root can write into this directory, and nothing has to be written there."""
+    expected, _ = evaluated(capfd, run)
     with open(run / "agent.pt", "rb") as file:
-        assert "cannot write" in refusal(capfd, "--evaluate", f"/proc/self/fd/{file.fileno()}")
+        assert evaluated(capfd, Path(f"/proc/self/fd/{file.fileno()}")) == (expected, "")
+
+
+def test_read_only_run_is_evaluated(run, tmp_path, capfd):
+    """A run of one's own on a disk that cannot be written: the same score, and one line that says so."""
+    expected, _ = evaluated(capfd, run)
+    (run / "eval.json").unlink()
+    if subprocess.run(["mount", "--bind", run, run], check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
+        before = content(run)
+        out, error = evaluated(capfd, run)
+        assert out == expected
+        assert str(run) in error and error.count("\n") == 1 and "Traceback" not in error, error
+        assert content(run) == before
+    finally:
+        subprocess.run(["umount", "--lazy", run], check=True)
+
+
+def test_filmed_evaluation_on_a_full_disk(run, tmp_path, capfd):
+    """The score is printed, each kind of file that cannot be written is told in one line, nothing half written stays."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        full = shutil.copytree(run, disk / "run")
+        names = content(full).keys()
+        with suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1 << 16))
+        code, out, error = here(capfd, "--evaluate", full, "--eval-episodes", 1, "--capture-video")
+        assert code == 1 and "over 1 full games" in out
+        kinds = re.findall(r"(?m)^ppo_atari.py: (.+) cannot be written: .*No space", error)
+        assert len(kinds) == len(set(kinds)) == own_lines(error).count("\n") == 3, error
+        assert "eval.json" in kinds
+        assert content(full).keys() - names <= {"videos"}
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_largest_random_number(run, capfd, monkeypatch):
@@ -204,9 +281,9 @@ def test_tracking_offline(tmp_path):
     process = start(*TRAIN, *flags, cwd=tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
     assert finish(process) == 0, (tmp_path / "log").read_text()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = file.read_bytes()
+    recorded = file.read_bytes()
     for word in (b"a-test", b"its-name", b"losses/value_loss"):
-        assert word in content
+        assert word in recorded
 
 
 def test_playing_without_pygame(capfd, monkeypatch):

@@ -30,11 +30,12 @@ def test_shipped_agent_plays(run: Path):
     bound = min((claimed["mean"] + claimed["random_mean"]) / 2, np.quantile(draws, 5e-4))
     assert (draws < bound).mean() < 1e-3 and max(claimed["random_scores"]) < bound
     content = ppo_atari.load_file(run / "agent.pt", "weights", "flags")
-    args = ppo_atari.parse_args(["--env-id", claimed["env_id"], "--seed", "77"])
-    agent = ppo_atari.Agent(ppo_atari.make_env(args).action_space.n)
+    args = ppo_atari.parse_args(["--seed", "77"], content["flags"], str(run))
+    assert (args.env_id, args.seed) == (claimed["env_id"], 77)
+    agent = ppo_atari.make_agent(args, ppo_atari.make_env(args))
     agent.load_state_dict(content["weights"])
-    agent.dtype = torch.bfloat16
-    scores = [score for score, _ in ppo_atari.play_games(args, ppo_atari.inference_copy(agent), 3)]
+    actor = ppo_atari.inference_copy(agent, torch.bfloat16)
+    scores = [score for score, _ in ppo_atari.full_games(args, actor, 3)]
     assert np.mean(scores) > bound, scores
 
 

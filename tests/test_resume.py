@@ -15,7 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import curves, finish, fork, here, living, refusal, run_directory, same_weights, start, wait_for, weights
+from launch import (
+    curves,
+    differences,
+    finish,
+    fork,
+    handles_signals,
+    here,
+    living,
+    refusal,
+    run_directory,
+    same_weights,
+    start,
+    wait_for,
+    weights,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_atari
 
@@ -43,9 +58,16 @@ def tiny(tmp_path_factory):
         return run_directory(Path.cwd())
 
 
+def checkpoint(run: Path) -> dict:
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
 def assert_same_run(run: Path, whole: Path) -> None:
-    """Weights equal bit for bit, and each loss and game once in the curves, where the other run has it."""
+    """Weights, optimizer, generators and games equal bit for bit, and each loss and game once in the curves, where the
+    other run has it."""
     assert same_weights(weights(run), weights(whole))
+    first, second = ({name: part for name, part in checkpoint(one).items() if name != "flags"} for one in (run, whole))
+    assert not differences(first, second)
     got, expected = curves(run), curves(whole)
     assert got.keys() == expected.keys()
     for tag in expected:
@@ -64,9 +86,10 @@ def test_curves_of_an_uninterrupted_run(whole):
     assert len(losses) >= 7
     assert all(steps == expected for steps in losses.values()), losses
     assert len(curves(whole)["charts/episodic_return"]) >= 8
+    args = ppo_atari.parse_args(RUN)
+    untrained = ppo_atari.make_agent(args, ppo_atari.make_env(args))
     changes = [
-        int((a != b).sum())
-        for a, b in zip(weights(whole).values(), ppo_atari.Agent(4, frame_size=44).state_dict().values())
+        int((a != b).sum()) for a, b in zip(weights(whole).values(), untrained.state_dict().values(), strict=True)
     ]
     assert min(changes) > 0
 
@@ -75,7 +98,8 @@ def test_curves_of_an_uninterrupted_run(whole):
 def test_killed_at_ten_moments(workers, whole, tmp_path):
     """kill -9 while it starts, plays, learns or writes: the resumed run ends as if nothing had been."""
     rng = random.Random(workers)
-    period = ((whole / "checkpoint.pt").stat().st_mtime - (whole / "args.json").stat().st_mtime) / ITERATIONS
+    logged = EventAccumulator(str(whole), size_guidance={"scalars": 0}).Reload().Scalars("losses/value_loss")
+    period = (logged[-1].wall_time - logged[0].wall_time) / (len(logged) - 1)
     argv, sessions = [*RUN, "--num-workers", workers], []
     for i in range(10):
         process = fork(*argv, cwd=tmp_path)
@@ -90,7 +114,7 @@ def test_killed_at_ten_moments(workers, whole, tmp_path):
         process.kill()
         assert finish(process) == -signal.SIGKILL, (tmp_path / "log").read_text()
         run = run_directory(tmp_path)
-        assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
+        assert 0 < checkpoint(run)["iteration"] < ITERATIONS
         argv = ["--resume", run]
     assert finish(fork(*argv, cwd=tmp_path)) == 0, (tmp_path / "log").read_text()
     assert_same_run(run, whole)
@@ -108,7 +132,7 @@ def test_signal_saves_and_says_how_to_go_on(number, code, workers, whole, tmp_pa
     run, log = run_directory(tmp_path), (tmp_path / "log").read_text()
     assert re.search(rf"--resume \S*{re.escape(run.name)}", log), log
     assert "Traceback" not in log
-    assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
+    assert 0 < checkpoint(run)["iteration"] < ITERATIONS
     assert finish(fork("--resume", run, "--num-workers", 2 - workers, cwd=tmp_path)) == 0
     assert_same_run(run, whole)
 
@@ -118,10 +142,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
     steps = 100_000
     process = fork("--num-envs", 2, "--num-steps", steps, "--total-timesteps", 2 * steps, "--frame-size", 36,
                    "--frame-stack", 1, "--num-workers", 2, cwd=tmp_path)  # fmt: skip
-    status = Path(f"/proc/{process.pid}/status")
-    sigterm_bit = 1 << (signal.SIGTERM - 1)
-    caught = re.compile(r"SigCgt:\s*(\w+)")
-    wait_for(lambda: int(caught.search(status.read_text())[1], 16) & sigterm_bit)  # the script's own handler
+    wait_for(lambda: handles_signals(process.pid))
     time.sleep(0.5)
     log = tmp_path / "log"
     before = log.read_text()
@@ -155,7 +176,7 @@ def test_total_timesteps_may_grow(tiny, tmp_path, capfd):
     steps, rates = zip(*curves(run)["charts/learning_rate"], strict=True)
     assert steps == (16, 32, 48, 64)
     assert rates == pytest.approx([2.5e-4, 1.25e-4, 1.25e-4, 0.625e-4])
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] == 4
+    assert checkpoint(run)["iteration"] == 4
     assert re.search("anneal|learning rate", out + error), "the user is not told that the annealing has changed"
 
 
@@ -205,11 +226,14 @@ def test_foreign_checkpoint_is_refused(what, tiny, whole, tmp_path, capfd):
 
 
 def resume_after_failed_writes(process, run: Path, whole: Path, mend) -> None:
-    """The process trains to its end, says once that it cannot write and exits with 1; the old checkpoint is whole."""
+    """The process trains to its end, says once of each kind of file that it cannot be written and exits with 1; it
+    leaves nothing half written, and the old checkpoint is whole."""
     assert finish(process) == 1
     log = (run.parent.parent / "log").read_text()
-    assert log.count("cannot write") == 1 and "Traceback" not in log, log
-    assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
+    failed = re.findall(r"(?m)^ppo_atari.py: (.+) cannot be written: ", log)
+    assert "checkpoint.pt" in failed and len(set(failed)) == len(failed) and "Traceback" not in log, log
+    assert not list(run.rglob("*.tmp"))
+    assert 0 < checkpoint(run)["iteration"] < ITERATIONS
     mend()
     assert finish(fork("--resume", run, cwd=run.parent.parent)) == 0, log
     assert_same_run(run, whole)
@@ -255,22 +279,27 @@ def test_flags_that_cannot_be_written(tiny, tmp_path, capfd):
     assert "cannot write" in refusal(capfd, "--resume", run, "--total-timesteps", 64)
 
 
-def test_loss_that_is_not_finite(tmp_path, capfd, monkeypatch):
-    """Stops the run with the number of the iteration; the last good checkpoint stays and can be resumed."""
+@pytest.mark.parametrize("iteration", [1, 3])
+def test_loss_that_is_not_finite(iteration, tmp_path, capfd, monkeypatch):
+    """Stops the run with the number of the iteration; says what is kept: the last good checkpoint, if there is one,
+    which can be resumed."""
     monkeypatch.chdir(tmp_path)
     good_loss, calls = ppo_atari.ppo_loss, []
 
     def bad_loss(*args, **kwargs):
         calls.append(1)
         loss, stats = good_loss(*args, **kwargs)
-        return (loss * float("nan") if len(calls) > 2 * 16 else loss), stats
+        return (loss * float("nan") if len(calls) > (iteration - 1) * 16 else loss), stats
 
     monkeypatch.setattr(ppo_atari, "ppo_loss", bad_loss)
     code, _, error = here(capfd, *TINY, 64)
     assert code == 1
-    assert re.search(r"\biteration 3\b", error) and error.count("\n") == 1, error
+    assert re.search(rf"\biteration {iteration}\b", error) and error.count("\n") == 1, error
     run = run_directory(tmp_path)
     monkeypatch.undo()
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] == 2
-    assert all(tensor.isfinite().all() for tensor in weights(run).values())
-    assert here(capfd, "--resume", run)[0] == 0
+    assert ("checkpoint of step 32" in error) == (iteration == 3) and ("no checkpoint" in error) == (iteration == 1)
+    assert (run / "checkpoint.pt").exists() == (iteration == 3)
+    if iteration == 3:
+        assert checkpoint(run)["iteration"] == 2
+        assert all(tensor.isfinite().all() for tensor in weights(run).values())
+        assert here(capfd, "--resume", run)[0] == 0

@@ -1,15 +1,19 @@
-"""Sections 4 and 7: same seed, same weights, however the work is shared out; nobody is left behind when one dies."""
+"""Sections 4 and 8: same seed, same weights, however the work is shared out; nobody is left behind when one dies."""
 
 import json
+import math
 import multiprocessing
 import os
+import random
 import signal
 import time
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from launch import curves, finish, living, run_directory, same_weights, start, wait_for, weights
+from launch import curves, finish, here, living, run_directory, same_weights, start, wait_for, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_atari
@@ -61,7 +65,7 @@ def test_no_git(reference, tmp_path, monkeypatch):
 
 def test_another_seed_gives_other_weights(reference, tmp_path, monkeypatch):
     other = weights(trained(tmp_path / "run", monkeypatch, "--num-workers", "0", "--seed", "2"))
-    assert all(not torch.equal(other[name], tensor) for name, tensor in weights(reference).items())
+    assert not any(torch.equal(other[name], tensor) for name, tensor in weights(reference).items() if tensor.dim() > 1)
 
 
 def test_what_a_run_writes(reference):
@@ -86,52 +90,69 @@ def test_what_a_run_writes(reference):
 
 def test_returns_in_tensorboard_are_full_games(tmp_path, monkeypatch):
     """Each is the score that the emulator itself counted in one game, over all its lives, at the step of its end."""
-    scores, running, ends = [], {}, []
+    running, order, scores = {}, [], {}
 
     class CountingSkip(ppo_atari.MaxAndSkipEnv):
         def step(self, action):
             result = super().step(action)
-            running[id(self)] = running.get(id(self), 0) + result[1]
-            if result[2] or result[3]:
-                scores.append(running.pop(id(self)))
+            running[self.unwrapped] = running.get(self.unwrapped, 0) + result[1]
             return result
 
     class CountingStack(ppo_atari.FrameStack):
         steps = 0
 
         def step(self, action):
-            result = super().step(action)
-            self.steps += 8  # one in each of the environments
+            if self not in order:  # environments take their first step in the order of their numbers
+                order.append(self)
+            result, at = super().step(action), 8 * self.steps + order.index(self) + 1
+            self.steps += 1
             if self.unwrapped.ale.game_over():
-                ends.append(self.steps)
+                scores[at] = running.pop(self.unwrapped)
             return result
 
     monkeypatch.setattr(ppo_atari, "MaxAndSkipEnv", CountingSkip)
     monkeypatch.setattr(ppo_atari, "FrameStack", CountingStack)
     flags = ["--num-workers", "0", "--num-steps", "64", "--total-timesteps", "4096"]
-    run = trained(tmp_path / "run", monkeypatch, *flags)
-    steps, returns = zip(*curves(run)["charts/episodic_return"])
-    assert list(steps) == sorted(ends) == [step for step, _ in curves(run)["charts/episodic_length"]]
-    assert len(returns) > 5 and sorted(returns) == sorted(scores) and max(returns) > 1
+    found = curves(trained(tmp_path / "run", monkeypatch, *flags))
+    assert found["charts/episodic_return"] == sorted(scores.items())
+    assert [step for step, _ in found["charts/episodic_length"]] == sorted(scores)
+    assert len(order) == 8 and len(scores) > 5 and max(scores.values()) > 1
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_every_game_has_a_step_of_its_own(workers, tmp_path, monkeypatch):
+    """Games that end at the same moment keep their scores apart, in trackers that hold one value per step."""
+    limit = {"game": "pong", "repeat_action_probability": 0.0, "max_num_frames_per_episode": 96}
+    gym.register("Test/Short-v0", "ale_py.env:AtariEnv", kwargs=limit)
+    try:
+        flags = ["--env-id", "Test/Short-v0", "--noop-max", "0", "--no-fire-reset", "--num-envs", "3"]
+        run = trained(tmp_path / "run", monkeypatch, *flags, "--num-workers", workers, "--total-timesteps", "480")
+    finally:
+        del gym.registry["Test/Short-v0"]
+    lengths = curves(run)["charts/episodic_length"]
+    assert set(length for _, length in lengths) == {24}  # 96 frames, four to a step
+    assert [step for step, _ in lengths] == [3 * (24 * game - 1) + i + 1 for game in range(1, 7) for i in range(3)]
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e9])
-def test_first_step_is_adam_on_the_clipped_gradient(limit, tmp_path, monkeypatch):
+def test_first_step_is_adam_on_the_clipped_gradient(limit, tmp_path, monkeypatch, watch):
     """[core 11] The gradient of all parameters together gets at most this norm; [core 3] Adam's epsilon is 1e-5."""
-    seen, update = [], ppo_atari.update
+    seen = []
 
     def flat(tensors):
         return torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
 
-    def watched(agent, optimizer, batch, i, args, ent_coef):
-        old = (batch.log_probs[i], batch.values[i], batch.advantages[i], batch.returns[i])
-        loss, _ = ppo_atari.ppo_loss(*batch.evaluate(agent, i), *old, args)
-        gradient, before = flat(torch.autograd.grad(loss, list(agent.parameters()))), flat(agent.parameters())
-        stats = update(agent, optimizer, batch, i, args, ent_coef)
-        seen.append((gradient, before, flat(agent.parameters()), stats[ppo_atari.STATS.index("grad_norm")].item()))
-        return stats
+    def before(given):
+        agent, old, drawn = given["agent"], ppo_atari.take(given["batch"], given["rows"]), torch.get_rng_state()
+        new = agent.get_action_and_value(old["obs"], old["action"])
+        loss, _ = ppo_atari.ppo_loss(new, old, args=given["args"], knobs=given["knobs"])
+        seen.append([flat(torch.autograd.grad(loss, list(agent.parameters()))), flat(agent.parameters())])
+        torch.set_rng_state(drawn)  # for a network with Dropout
 
-    monkeypatch.setattr(ppo_atari, "update", watched)
+    def after(given, stats):
+        seen[-1] += [flat(given["agent"].parameters()), float(stats["grad_norm"])]
+
+    watch(ppo_atari, "update", before, after)
     flags = ["--num-workers", "0", "--precision", "float32", "--max-grad-norm", str(limit), "--total-timesteps", "128"]
     trained(tmp_path / "run", monkeypatch, *flags, "--update-epochs", "1", "--num-minibatches", "1")
     ((gradient, before, after, grad_norm),) = seen
@@ -140,6 +161,208 @@ def test_first_step_is_adam_on_the_clipped_gradient(limit, tmp_path, monkeypatch
     gradient = gradient * min(1, limit / norm)
     # In Adam's first step, the bias-corrected moments are the gradient and its square (Kingma and Ba, 2015).
     torch.testing.assert_close(after - before, -2.5e-4 * gradient / (gradient.abs() + 1e-5), rtol=1e-3, atol=3e-8)
+
+
+def interrupted(folder: Path, monkeypatch, watch, *flags: str) -> Path:
+    """The same as trained(), in two pieces: stopped at once in its third iteration, then resumed."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    reached = []
+
+    def stop(given):
+        reached.append(given["iteration"])
+        if reached == [1, 2, 3]:
+            raise KeyboardInterrupt
+
+    watch(ppo_atari, "anneal", before=stop)
+    assert ppo_atari.main([*SHORT, *flags, "--checkpoint-interval", "1"]) == 130
+    assert ppo_atari.main([*SHORT, *flags, "--resume", str(run_directory(folder))]) == 0
+    assert reached == [1, 2, 3, 3, 4]
+    return run_directory(folder)
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Weights equal bit for bit, and each loss and game once in the curves, where the other run has it."""
+    assert same_weights(weights(run), weights(other))
+    assert curves(run) == curves(other)
+
+
+MODES = []  # (in train mode, with gradients) of each call of a network with a Witness
+
+
+class Witness(torch.nn.Module):
+    def forward(self, x):
+        MODES.append((self.training, torch.is_grad_enabled()))
+        return x
+
+
+TWO = ["--num-envs", "2", "--num-steps", "64"]  # the same number of iterations in fewer games
+
+
+@pytest.mark.parametrize(
+    ("layers", "shared"),
+    [(list, False), (lambda: [torch.nn.BatchNorm2d(8)], True), (lambda: [torch.nn.Dropout(0.5)], False)],
+    ids=["width 256", "BatchNorm", "Dropout"],
+)
+def test_a_users_network_is_trained_resumed_and_evaluated(layers, shared, tmp_path, monkeypatch, watch):
+    """Put in by make_agent alone. Interrupted or not: the same. It learns in train mode and acts in eval mode."""
+
+    def make_network():
+        first = torch.nn.Conv2d(4, 8, 8, stride=4)
+        rest = (torch.nn.ReLU(), Witness(), *layers(), torch.nn.Flatten(), torch.nn.Linear(800, 256), torch.nn.ReLU())
+        return torch.nn.Sequential(first, *rest)
+
+    def make_agent(args, env):
+        shape, num_actions = env.observation_space.shape, int(env.action_space.n)
+        return ppo_atari.Agent(shape, num_actions, make_network=make_network, shared_network=args.shared_network)
+
+    MODES.clear()
+    monkeypatch.setattr(ppo_atari, "make_agent", make_agent)
+    flags = [
+        *TWO,
+        "--num-workers",
+        "0",
+        "--eval-episodes",
+        "1",
+        "--shared-network" if shared else "--no-shared-network",
+    ]
+    whole = trained(tmp_path / "whole", monkeypatch, *flags)
+    assert set(MODES) == {(True, True), (False, False)}
+    assert MODES.count((True, True)) == 4 * 16 * (1 if shared else 2)
+    assert weights(whole)["actor.weight"].shape == (4, 256)
+    assert weights(whole).get("network.3.num_batches_tracked", 4 * 16) == 4 * 16
+    assert_same_run(interrupted(tmp_path / "pieces", monkeypatch, watch, *flags), whole)
+    scores = json.loads((whole / "eval.json").read_text())
+    (whole / "eval.json").unlink()
+    assert ppo_atari.main(["--evaluate", str(whole), "--eval-episodes", "1"]) == 0
+    assert json.loads((whole / "eval.json").read_text())["scores"] == scores["scores"]
+
+
+class Curious(gym.Wrapper):
+    """A reward for what is new, with a memory and noise of its own: on top of the stack, the future depends on it."""
+
+    saved = ("seen", "noise")
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.seen, self.noise = {}, np.random.default_rng(7)
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        room = int(obs[-1].sum()) // 100
+        self.seen[room] = self.seen.get(room, 0) + 1
+        return obs, reward + 1 / self.seen[room] + 0.01 * self.noise.normal(), *rest
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_users_wrapper_is_resumed_exactly(workers, tmp_path, monkeypatch, watch):
+    make_env = ppo_atari.make_env
+    monkeypatch.setattr(ppo_atari, "make_env", lambda *args, **kwargs: Curious(make_env(*args, **kwargs)))
+    whole = trained(tmp_path / "whole", monkeypatch, *TWO, "--num-workers", workers)
+    assert_same_run(interrupted(tmp_path / "pieces", monkeypatch, watch, *TWO, "--num-workers", workers), whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_agent_that_draws_while_acting_is_refused(workers, tmp_path, monkeypatch, capfd):
+    """Workers have generators of their own, which no checkpoint holds: such a run could not be resumed exactly."""
+    monkeypatch.chdir(tmp_path)
+    evaluate = ppo_atari.Agent.get_action_and_value
+
+    def noisy(self, obs, *args, **kwargs):
+        return evaluate(self, obs + torch.randint(2, obs.shape, dtype=torch.uint8), *args, **kwargs)
+
+    monkeypatch.setattr(ppo_atari.Agent, "get_action_and_value", noisy)
+    code, _, error = here(capfd, *SHORT, "--num-workers", workers)
+    assert code == 1 and error.count("\n") == 1 and "`uniform`" in error
+    assert not multiprocessing.active_children()
+
+
+GOOD = {
+    "env-id": ["ALE/Breakout-v5", "BreakoutNoFrameskip-v4", "ALE/MsPacman-v5", "PongNoFrameskip-v4"],
+    "seed": [0, 7, 2**31 - 1], "learning-rate": ["1e-37", "2.5e-4", 0.01], "gamma": [0, 0.5, 1],
+    "gae-lambda": [0, 0.95, 1], "clip-coef": ["1e-37", 0.2, "1e37"], "ent-coef": [0, 0.01, 2],
+    "ent-coef-final": [0, 0.5], "vf-coef": [0, 0.5, 3], "max-grad-norm": ["1e-30", 0.5, "1e37"],
+    "target-kl": ["1e-12", 0.03, "1e37"], "noop-max": [0, 1, 30], "frame-skip": [1, 2, 4, 9],
+    "repeat-action-probability": [0, 0.25, 1], "frame-stack": [1, 2, 4, 9], "precision": ["auto", "float32"],
+    "inference-batch": [1, 2, 3, 9], "checkpoint-interval": [0, 1, 2], "exp-name": ["a b", "x" * 100, "ü"],
+}  # fmt: skip
+WRONG = {
+    "env-id": ["Breakout", "CartPole-v1", ""], "seed": [-1, 2**31, 1.5], "learning-rate": [0, -1, "nan", "1e38", ""],
+    "gamma": [1.01, -0.1], "gae-lambda": ["inf"], "clip-coef": [0, "1e39"], "ent-coef": [-1, "nan"],
+    "noop-max": [-1, 10**15], "frame-skip": [0, 121], "repeat-action-probability": [2], "frame-stack": [0, 65],
+    "frame-size": [28, 35, 0], "precision": ["float8"], "inference-batch": [0], "exp-name": ["a/b", "", "x" * 101],
+    "num-envs": [0, "two"], "num-steps": [-1, 2.5], "total-timesteps": [0, 10**17], "resume": ["", "nowhere"],
+    "evaluate": ["", "nowhere"], "no-such-flag": [1], "learning-rat": [1], "num-workers": [-1], "update-epochs": [0],
+}  # fmt: skip
+SWITCHES = ["anneal-lr", "norm-adv", "clip-vloss", "episodic-life", "fire-reset", "clip-reward", "shared-network"]
+SWITCHES += ["scale-obs", "full-action-space", "torch-deterministic", "cuda-graph"]
+
+
+def random_line(rng: random.Random) -> tuple[list[str], bool]:
+    """A command line of a tiny run, and whether it is one that must be accepted."""
+    num_envs, num_steps, minibatches = rng.choice([1, 1, 2, 2, 3, 4]), rng.randint(1, 8), rng.choice([1, 1, 2, 2, 4])
+    batch = num_envs * num_steps
+    sizes = {"num-envs": num_envs, "num-steps": num_steps, "num-minibatches": minibatches, "eval-episodes": 0}
+    sizes |= {"update-epochs": rng.randint(1, 2), "frame-size": rng.choice([36, 36, 44])}
+    sizes |= {"total-timesteps": batch * rng.randint(1, 2) + rng.choice([0, 0, 0, 1, -1])}
+    sizes |= {"num-workers": rng.choice([0] * 15 + [1, 2])}
+    chosen = {name: rng.choice(GOOD[name]) for name in rng.sample(sorted(GOOD), rng.randint(0, 6))}
+    switches = {name: rng.random() < 0.5 for name in rng.sample(SWITCHES, rng.randint(0, 3))}
+    good = sizes["total-timesteps"] >= batch and batch % minibatches == 0
+    good = good and (batch >= 2 * minibatches or not switches.get("norm-adv", True))
+    if rng.random() < 0.25:
+        name = rng.choice(sorted(WRONG))
+        chosen[name], good = rng.choice(WRONG[name]), False
+    line = [f"--{name}={value}" for name, value in (sizes | chosen).items()]
+    line += [f"--{'' if value else 'no-'}{name}" for name, value in switches.items()]
+    rng.shuffle(line)
+    return line, good
+
+
+@pytest.fixture
+def quick_emulators(monkeypatch):
+    """To load a game takes a tenth of a second: each one that was loaded is used again by the next command line."""
+    make, pool, used = gym.make, {}, {}
+
+    def make_again(env_id, **kwargs):
+        key = (env_id, *kwargs.items())
+        used[key] = used.get(key, 0) + 1
+        if used[key] > len(pool.setdefault(key, [])):
+            pool[key].append(make(env_id, **kwargs))
+            pool[key][-1].unwrapped.load_game = lambda: None
+        return pool[key][used[key] - 1]
+
+    monkeypatch.setattr(gym, "make", make_again)
+    return used
+
+
+def test_a_hundred_random_command_lines(quick_emulators, tmp_path, monkeypatch, capfd):
+    """Each trains, with finite curves and nothing to complain of, or is refused in one line and leaves nothing."""
+    codes = []
+    for seed in range(100):
+        line, good = random_line(random.Random(seed))
+        (tmp_path / str(seed)).mkdir()
+        monkeypatch.chdir(tmp_path / str(seed))
+        quick_emulators.clear()
+        code, _, error = here(capfd, *line)
+        assert code == (0 if good else 2), (line, error)
+        codes.append(code)
+        if code:
+            assert error.count("\n") == 1 and "Traceback" not in error and len(error) < 400, (line, error)
+            assert not os.listdir(), line
+            continue
+        assert error == "", (line, error)
+        run = run_directory(Path.cwd())
+        flags = json.loads((run / "args.json").read_text())["flags"]
+        batch = flags["num_envs"] * flags["num_steps"]
+        found = curves(run)
+        assert [step for step, _ in found["losses/policy_loss"]] == list(
+            range(batch, flags["total_timesteps"] + 1, batch)
+        )
+        assert all(math.isfinite(value) for curve in found.values() for _, value in curve), line
+        assert all(tensor.isfinite().all() for tensor in weights(run).values()), line
+    assert codes.count(0) >= 40 and codes.count(2) >= 30
+    assert not multiprocessing.active_children()
 
 
 def test_a_worker_that_dies_ends_the_run(tmp_path):
@@ -158,10 +381,10 @@ def test_a_worker_that_raises_ends_the_run_with_its_message(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     learner, rollout = os.getpid(), ppo_atari.rollout
 
-    def failing(*args):
+    def failing(*args, **kwargs):
         if os.getpid() != learner:
             raise ValueError("the joystick is broken")
-        return rollout(*args)
+        return rollout(*args, **kwargs)
 
     monkeypatch.setattr(ppo_atari, "rollout", failing)
     assert ppo_atari.main([*SHORT, "--num-workers", "2"]) == 1

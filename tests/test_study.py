@@ -1,0 +1,300 @@
+"""The study: every run once whatever happens in between, its statistics, and one line for each mistake."""
+
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import study
+from launch import curves, finish, living, start, wait_for
+
+STUDY = Path(study.__file__).resolve()
+ENDS_WELL = 0 if find_spec("scipy") else 2  # without it, everything but a table that compares
+TINY = "--num-envs 2 --num-steps 32 --update-epochs 1 --frame-size 36 --eval-episodes 1 --checkpoint-interval 1"
+GRID = ["--games", "BreakoutNoFrameskip-v4", "--seeds", 1, 2, "--steps", 512, "--common", TINY,
+        "--variants", "default", "no clip: --no-clip-reward"]  # fmt: skip
+FAKE = """
+import json, pathlib, signal, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+for missing in ("--bad", "--evaluate"):
+    if missing in flags:
+        print(f"fake: error: {missing} {flags[missing]}", file=sys.stderr)
+        sys.exit(2)
+print("arguments", *sys.argv[1:], flush=True)
+if flags.get("--crash") == flags.get("--seed", "resumed"):
+    sys.exit("the last line")
+run = pathlib.Path(flags.get("--resume") or f"runs/{flags['--env-id']}__{flags['--exp-name']}__{flags['--seed']}__1")
+run.mkdir(parents=True, exist_ok=True)
+if "--wait" in flags:
+    try:
+        (run / "checkpoint.pt").touch()
+        time.sleep(1000)
+    except KeyboardInterrupt:
+        sys.exit(130)
+if "--stay" in flags:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (run / "checkpoint.pt").touch()
+    while not pathlib.Path(flags["--stay"]).exists():
+        time.sleep(0.01)
+print("end", flush=True)
+(run / "args.json").write_text('{"versions": {"torch": "1"}}')
+played = {"mean": float(flags.get("--seed", 7)), "random_mean": 0.5, "step": 8, "scores": [1]}
+(run / "eval.json").write_text(json.dumps(played))
+"""
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A script that does in no time what a run is expected to do; as the default's, too."""
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    (tmp_path / "ppo_atari.py").write_text(FAKE)
+    return tmp_path
+
+
+def call(capfd, *argv) -> tuple[int, str, str]:
+    capfd.readouterr()
+    try:
+        code = study.main(list(map(str, argv)))
+    except SystemExit as error:
+        code = error.code
+    return code, *capfd.readouterr()
+
+
+def test_killed_and_continued(tmp_path):
+    """kill -9 of everything in the middle; the same command ends with each run once, and then has nothing to do."""
+    results, argv = tmp_path / "s" / "results.jsonl", [*GRID, "--results", "s/results.jsonl"]
+    process = start(*argv, cwd=tmp_path, program=(STUDY,))
+    wait_for(lambda: list(tmp_path.glob("s/runs/*/checkpoint.pt")) or process.poll() is not None)
+    process.kill()
+    for pid in living(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    assert finish(process) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    wait_for(lambda: not living(process.pid))
+    assert not results.exists() or len(lines(results)) < 4
+    (tmp_path / "log").unlink()
+
+    assert finish(start(*argv, cwd=tmp_path, program=(STUDY,))) == ENDS_WELL, (tmp_path / "log").read_text()
+    assert ": resumed" in (tmp_path / "log").read_text()
+    found = lines(results)
+    assert sorted((line["variant"], line["seed"]) for line in found) == [
+        ("default", 1), ("default", 2), ("no clip", 1), ("no clip", 2)
+    ]  # fmt: skip
+    runs = {path.name: path for path in tmp_path.glob("s/runs/*")}
+    assert len(runs) == 4
+    for line in found:
+        name = study.Run(*(line[field] for field in study.Run._fields)).name
+        (run,) = (path for path in runs.values() if f"__{name}__{line['seed']}__" in path.name)
+        assert line["scores"] == json.loads((run / "eval.json").read_text())["scores"]
+        assert line["evaluation"] == np.mean(line["scores"])
+        flags = json.loads((run / "args.json").read_text())["flags"]
+        assert (flags["clip_reward"], flags["seed"]) == (line["variant"] == "default", line["seed"])
+        games = curves(run).get("charts/episodic_return", [])
+        staircase = [[score for at, score in games if at <= step][-100:] for step in range(512)]
+        means = [np.mean(scores) for scores in staircase if scores]
+        assert line["area"] == (pytest.approx(np.mean(means)) if means else None)
+        assert line["return"] == (pytest.approx(means[-1]) if means else None)
+
+    (tmp_path / "log").unlink()
+    before = results.read_bytes(), sorted(tmp_path.glob("s/runs/*/*"))
+    assert finish(start(*argv, cwd=tmp_path, program=(STUDY,))) == ENDS_WELL
+    assert "4 of them finished before" in (tmp_path / "log").read_text()
+    assert (results.read_bytes(), sorted(tmp_path.glob("s/runs/*/*"))) == before
+
+
+def test_ctrl_c_and_on(fake):
+    """Ctrl-C reaches the runs once, which save; exit code 130 and how to go on; then they are resumed."""
+    argv = ["--games", "A", "--seeds", 1, "--steps", 8, "--results", fake / "results.jsonl", "--variants"]
+    argv += [f"x: --script {fake}/ppo_atari.py --wait 1"]
+    process = start(*argv, cwd=fake, program=(STUDY,))
+    wait_for(lambda: list(fake.glob("runs/*/checkpoint.pt")))
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == 130
+    assert "same command" in (fake / "log").read_text() and "Traceback" not in (fake / "log").read_text()
+    assert not living(process.pid)
+    assert (fake / "results.jsonl").read_text() == ""
+    assert finish(start(*argv, cwd=fake, program=(STUDY,))) == 0
+    (log,) = fake.glob("logs/*")
+    (run,) = fake.glob("runs/*")
+    first, second = (line for line in log.read_text().splitlines() if line.startswith("arguments"))
+    assert "--wait 1" in first and second == f"arguments --resume runs/{run.name}"
+    assert len(lines(fake / "results.jsonl")) == 1
+
+
+def test_a_run_that_outlives_its_study(fake):
+    """The study alone is killed: as long as its run goes on, the next one does not start a second beside it."""
+    argv = ["--games", "A", "--seeds", 1, "--steps", 8, "--results", fake / "results.jsonl", "--variants"]
+    argv += [f"x: --script {fake}/ppo_atari.py --stay {fake}/end"]
+    process = start(*argv, cwd=fake, program=(STUDY,))
+    wait_for(lambda: list(fake.glob("runs/*/checkpoint.pt")))
+    process.kill()
+    assert finish(process) == -signal.SIGKILL
+    assert living(process.pid)
+    (fake / "log").unlink()
+    process = start(*argv, cwd=fake, program=(STUDY,))
+    wait_for(lambda: "0 of them finished" in (fake / "log").read_text())
+    time.sleep(1)
+    (fake / "end").touch()
+    assert finish(process) == 0
+    (log,) = fake.glob("logs/*")
+    assert [text.split()[0] for text in log.read_text().splitlines()] == ["arguments", "end"] * 2
+    assert len(lines(fake / "results.jsonl")) == 1
+
+
+def test_order_and_seeds_of_the_grid(fake, capfd, monkeypatch):
+    """Game by game and, in it, seed by seed; each variant with the seeds that the grid says."""
+    begun = []
+
+    def work(grid, results):
+        begun.extend(grid)
+        results.touch()
+        return False
+
+    monkeypatch.setattr(study, "work", work)
+    assert call(capfd, "--results", fake / "r.jsonl")[0] == 0
+    for game, runs in itertools.groupby(begun, lambda run: run.game):
+        runs = list(runs)
+        assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+        for name, flags in study.VARIANTS.items():
+            seeds = [run.seed for run in runs if (run.variant, run.flags) == (name, flags)]
+            assert seeds == study.MORE_SEEDS.get(name, study.SEEDS), (game, name)
+    assert [game for game, _ in itertools.groupby(begun, lambda run: run.game)] == study.GAMES
+    assert {run.steps for run in begun} == {1_000_000}
+
+
+def test_a_failing_run_does_not_stop_the_others(fake, capfd):
+    argv = ["--games", "A", "--seeds", 1, 2, 3, "--steps", 8, "--results", fake / "r.jsonl", "--variants", "default"]
+    code, out, _ = call(capfd, *argv, "odd: --crash 2")
+    assert code == (1 if ENDS_WELL == 0 else 2)
+    assert "odd, A, seed 2: failed, exit code 1: the last line" in out
+    assert sorted((line["variant"], line["seed"]) for line in lines(fake / "r.jsonl")) == [
+        ("default", 1), ("default", 2), ("default", 3), ("odd", 1), ("odd", 3)
+    ]  # fmt: skip
+    (fake / "ppo_atari.py").write_text(FAKE.replace("the last line", "another"))  # an edit: tried again, and told
+    code, out, _ = call(capfd, *argv, "odd: --crash 2")
+    assert out.count(": begun") == 1 and "exit code 1: another" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--variants", "defualt"], "defualt"),
+        (["--variants", "a: '"], "a: '"),
+        (["--variants", "mine: --script none.py"], "none.py: No such file"),
+        (["--variants", "mine: --bad 1"], "mine: fake: error: --bad 1"),
+        (["--variants", "mine: --seed 4"], "--seed"),
+        (["--common=--env-id=B"], "--env-id"),
+        (["--seeds", "x"], "x"),
+        (["--table", "none.jsonl"], "none.jsonl: No such file"),
+        (["--results", "bad.jsonl"], "bad.jsonl, line 2 is not a result"),
+        (["--table", "bad.jsonl"], "bad.jsonl, line 2 is not a result"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(argv, message, fake, capfd, monkeypatch):
+    monkeypatch.chdir(fake)
+    Path("bad.jsonl").write_text(json.dumps(line("default", 1, 2.0)) + "\n{}\n")
+    code, _, error = call(capfd, "--results", fake / "r.jsonl", *argv)
+    assert code == 2 and error.count("\n") == 1 and message in error, error
+    assert not list(fake.glob("runs/*"))
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+def line(variant: str, seed: int, evaluation: float, game: str = "A", **other) -> dict:
+    """A line of the results."""
+    line = {"variant": variant, "flags": "" if variant == "default" else f"--{variant}", "game": game, "seed": seed}
+    line |= {"steps": 8, "common": "", "evaluation": evaluation, "return": None, "area": None, "random_mean": -1.0}
+    return line | {"script": "0", "torch": "1", "processor": "p"} | other
+
+
+SCORES = {  # of a variant and the default, with ties, and not with as many seeds everywhere
+    "A": ([3.0, 9.0, 4.0], [2.0, 3.0]),
+    "B": ([-20.0, 5.0], [-18.0, -15.0, -20.0]),
+}
+
+
+@pytest.mark.parametrize("games", [["A"], ["B"], ["A", "B"]])
+def test_statistics_against_all_resamples(games):
+    """The interval's ends are where the exact distribution, of every possible resample, has 2.5 % on either side."""
+    pytest.importorskip("scipy")
+    pairs = [SCORES[game] for game in games]
+    got = study.compare(pairs)
+
+    exact = [0.0]
+    for mine, default in pairs:
+        these = []
+        for x in itertools.product(mine, repeat=len(mine)):
+            for y in itertools.product(default, repeat=len(default)):
+                these.append((sum(x) / len(x) - sum(y) / len(y)) / len(pairs))
+        exact = [total + this for total in exact for this in these]
+    exact = np.array(exact)
+    for end, share in zip(got.interval, (0.025, 0.975)):
+        assert np.mean(exact < end - 1e-9) - 0.006 < share < np.mean(exact <= end + 1e-9) + 0.006
+    assert got.difference == pytest.approx(exact.mean())
+
+    better = []
+    for mine, default in pairs:
+        won = 0.0
+        for x in mine:
+            for y in default:
+                won += 1.0 if x > y else 0.5 if x == y else 0.0
+        better.append(won / (len(mine) * len(default)))
+    assert got.better == pytest.approx(sum(better) / len(better))
+
+
+def test_games_are_normalized_by_the_default_and_random_play():
+    """Twice the default's distance from random play is a difference of 1, whatever the game's scale."""
+    pytest.importorskip("scipy")
+    some = [line("default", seed, mean, game) for seed in (1, 2) for game, mean in (("A", 1.0), ("B", 99.0))]
+    some += [line("x", seed, mean, game) for seed in (1, 2) for game, mean in (("A", 3.0), ("B", 199.0))]
+    scores, found = study.comparisons(some, "evaluation")
+    assert scores["x", "--x"] == {"A": [3.0, 3.0], "B": [199.0, 199.0]}
+    assert found["x", "--x"]["A"].difference == 2 and found["x", "--x"]["B"].difference == 100
+    assert found["x", "--x"][study.ALL].difference == pytest.approx(1)
+    assert found["x", "--x"][study.ALL].interval == pytest.approx((1, 1))
+    assert found["default", ""] == {}
+    some = [one for one in some if (one["variant"], one["game"]) != ("x", "B")]  # not finished yet
+    assert study.ALL not in study.comparisons(some, "evaluation")[1]["x", "--x"]
+
+
+def test_table_and_picture_from_raw_lines_alone(tmp_path, capfd):
+    """Every seed's value, the interval, a dash where one seed allows none; another length is another table."""
+    pytest.importorskip("scipy")
+    raw, picture = tmp_path / "raw.jsonl", tmp_path / "out.png"
+    some = [line(v, s, 10.0 * s + (v == "x"), g) for v in ("x", "default") for s in (1, 2, 3) for g in SCORES]
+    some += [line("once", 1, 25.0, "A"), line("default", 1, 5.0, steps=16), line("default", 3, 30.0, script="1")]
+    raw.write_text("".join(json.dumps(one) + "\n" for one in some))
+    argv = ["--table", raw, "--picture", picture] if find_spec("matplotlib") else ["--table", raw]
+    code, out, error = call(capfd, *argv)
+    assert (code, error) == (0, "")
+    rows = [row.strip("| ").split(" | ") for row in out.splitlines() if row.startswith("|")]
+    assert [row[0] for row in rows] == ["variant", "---", "default", "x", "once", "variant", "---", "default"]
+    assert rows[2][2:] == ["20 (10, 20, 30)", "20 (10, 20, 30)", "-", "-", "-"]
+    assert rows[3][2] == "21 (11, 21, 31)" and rows[3][4].startswith("+1 [-") and rows[3][4].endswith("], 0.67")
+    assert rows[4][2:] == ["25 (25)", "-", "+5 [-], 0.67", "-", "-"]
+    assert "one version of a script" in out
+    assert not find_spec("matplotlib") or picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["raw.jsonl"], ["out.png", "raw.jsonl"])
+    assert call(capfd, "--table", raw, "--games", "B", "--steps", 8, "--variants", "x: --x")[1].count("\n| x |") == 1
+
+
+@pytest.mark.parametrize("missing", ["scipy", "matplotlib"])
+def test_missing_library_is_named(missing, tmp_path, capfd, monkeypatch):
+    if missing == "matplotlib":
+        pytest.importorskip("scipy")
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("".join(json.dumps(line(v, 1, 1.0)) + "\n" for v in ("x", "default")))
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing] + [missing]:
+        monkeypatch.setitem(sys.modules, name, None)
+    code, _, error = call(capfd, "--table", raw, "--picture", tmp_path / "out.png")
+    assert code == 2 and error.count("\n") == 1 and f"pip install {missing}" in error
