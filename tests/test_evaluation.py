@@ -238,7 +238,7 @@ def test_read_only_run_is_evaluated(run, tmp_path, capfd):
 
 
 def test_filmed_evaluation_on_a_full_disk(run, tmp_path, capfd):
-    """The score is printed, each kind of file that cannot be written is told in one line, nothing half written stays."""
+    """The score is printed, each kind of file that cannot be written is told in one line, no half file stays."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=False).returncode:

@@ -1,6 +1,7 @@
 """No hang, no false word, no harm: how the script ends, what it says, and what it takes from files."""
 
 import ctypes
+import errno
 import itertools
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -370,16 +372,40 @@ def test_disk_that_is_full_for_a_while(tmp_path, monkeypatch, capfd):
         assert here(capfd, "--resume", run, "--total-timesteps", 176)[0] == 0
 
 
-def test_log_on_the_full_disk(tmp_path):
-    """Where not even a line of text can be written any more, training still goes on to its end."""
-    with small_disk(tmp_path / "disk", "20m") as disk:
-        process = start(*TINY, 3200, cwd=disk)
-        wait_for(lambda: any(disk.glob("runs/*/checkpoint.pt")))
-        fill(disk / "log")  # no room left, not even in its last block
-        (before,) = disk.glob("runs/*/checkpoint.pt")
-        assert finish(process) == 1
-        assert torch.load(before, weights_only=True)["iteration"] < 200
-        assert not living(process.pid)
+@pytest.mark.parametrize("what", ["full for a while", "full, and Ctrl-C"])
+def test_log_on_a_full_disk(what, tmp_path, monkeypatch):
+    """Where not even a line of text can be written, training goes on, and Ctrl-C saves what there is."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    monkeypatch.chdir(tmp_path)
+    write_file, compute_gae, iterations = ppo_atari.write_file, ppo_atari.compute_gae, itertools.count(1)
+
+    def watched(*args, **kwargs):
+        if (iteration := next(iterations)) == 3 and "Ctrl-C" in what:
+            os.kill(os.getpid(), signal.SIGINT)
+        full = "for a while" in what and iteration in (3, 4)
+        monkeypatch.setattr(ppo_atari, "write_file", failing if full else write_file)
+        return compute_gae(*args, **kwargs)
+
+    def failing(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ppo_atari, "compute_gae", watched)
+    with suppress(OSError), open("/dev/full", "w") as full:
+        kept = [os.dup(1), os.dup(2)]
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(full.fileno(), number)
+            monkeypatch.setattr(sys, name, full)
+        try:
+            code = ppo_atari.main([*TINY, "96"])
+        finally:
+            monkeypatch.undo()
+            for number, copy in zip((1, 2), kept):
+                os.dup2(copy, number)
+                os.close(copy)
+    assert code == (130 if "Ctrl-C" in what else 0)
+    saved = torch.load(run_directory(tmp_path) / "checkpoint.pt", weights_only=True)
+    assert saved["iteration"] == (3 if "Ctrl-C" in what else 6)
 
 
 @pytest.mark.parametrize("reward", [0, 1])
@@ -580,7 +606,7 @@ def test_flags_of_an_older_script(run, capfd):
     assert here(capfd, "--evaluate", run, "--eval-episodes", 1)[0] == 0
     score = json.loads((run / "eval.json").read_text())
     for name in ("args.json", "agent.pt", "checkpoint.pt"):
-        edit(run / name, lambda saved: [saved["flags"].pop(flag) for flag in ("gae_lambda", "output")])
+        edit(run / name, lambda saved: [saved["flags"].pop(flag) for flag in ("gae_lambda", "target_kl")])
     assert here(capfd, "--evaluate", run, "--eval-episodes", 1)[0] == 0
     assert json.loads((run / "eval.json").read_text()) == score
     code, _, error = here(capfd, "--resume", run, "--total-timesteps", 48)
