@@ -41,7 +41,7 @@ from launch import (
 
 import ppo_atari
 
-GAME = ["--env-id", "ALE/Breakout-v5", "--num-envs", "2", "--num-steps", "8", "--frame-size", "36",
+GAME = ["--env-id", "ALE/Breakout-v5", "--num-envs", "1", "--num-steps", "16", "--frame-size", "36",
         "--update-epochs", "1", "--num-minibatches", "1"]  # fmt: skip
 TINY = [*GAME, "--num-workers", "0", "--eval-episodes", "0", "--checkpoint-interval", "1", "--total-timesteps"]
 
@@ -122,7 +122,7 @@ def test_ctrl_c_at_ten_moments_of_the_start(tmp_path):
         (children, 2), (there, "runs/*"), (there, "runs/*/args.json"), (there, "runs/*/events*", 0.2),
         (there, "runs/*/checkpoint.pt"),
     ]  # fmt: skip
-    flags = [*GAME, "--num-workers", 2, "--checkpoint-interval", 1, "--eval-episodes", 0]
+    flags = [*GAME, "--num-envs", 2, "--num-workers", 2, "--checkpoint-interval", 1, "--eval-episodes", 0]
 
     def interrupted(i: int) -> None:
         cwd, (condition, what, *pause) = tmp_path / str(i), moments[i]
@@ -150,20 +150,20 @@ def test_ctrl_c_at_ten_moments_of_the_start(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["Learner", "open_run", "RunDirectory.begin", "RunDirectory.describe"])
-@pytest.mark.parametrize("error", [ZeroDivisionError("a mistake"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_whatever_happens_ends_the_workers(where, error, tmp_path, monkeypatch, capfd):
     """An exception anywhere between their start and the first iteration: the exit code says so, and no worker is left,
     for which the process would wait at its end."""
 
     def failing(*args, **kwargs):
         assert workers_left(), "the workers are not there yet: this test shows nothing"
-        raise error
+        raise error("a mistake")
 
     monkeypatch.chdir(tmp_path)
     owner, _, name = where.rpartition(".")
     monkeypatch.setattr(getattr(ppo_atari, owner) if owner else ppo_atari, name, failing)
     code, _, text = in_time(here, capfd, *GAME, "--num-workers", 1, "--total-timesteps", 32)
-    assert code == (130 if isinstance(error, KeyboardInterrupt) else 1), text
+    assert code == (130 if error is KeyboardInterrupt else 1), text
     assert ("a mistake" in text) == (code == 1)
     assert not workers_left()
 
@@ -173,10 +173,10 @@ def test_mistake_that_shows_after_the_workers_started(what, run, tmp_path):
     """The process ends by itself, with one line and exit code 2, and nobody is left."""
     if what == "no run directory":
         (tmp_path / "runs").symlink_to("/dev/null/nowhere")
-        argv = [*GAME, "--num-workers", 2, "--total-timesteps", 32]
+        argv = [*GAME, "--num-envs", 2, "--num-workers", 2, "--total-timesteps", 32]
     else:
-        edit(run / "checkpoint.pt", lambda saved: saved.update(obs=torch.zeros(2, 4, 44, 44)))
-        argv = ["--resume", run, "--num-workers", 2, "--total-timesteps", 64]
+        edit(run / "checkpoint.pt", lambda saved: saved.update(obs=torch.zeros(1, 4, 44, 44)))
+        argv = ["--resume", run, "--num-workers", 1, "--total-timesteps", 64]
     process = fork(*argv, cwd=tmp_path)
     try:
         assert finish(process, 60) == 2
@@ -205,7 +205,7 @@ def test_worker_that_dies_after_its_answer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo_atari.Collector, "rollout", watched_rollout)
     monkeypatch.setattr(ppo_atari.connection, "wait", watched_wait)
-    args = ppo_atari.parse_args([*GAME, "--num-workers", "2"])
+    args = ppo_atari.parse_args([*GAME, "--num-envs", "2", "--num-workers", "2"])
     env = ppo_atari.make_env(args)
     agent = ppo_atari.inference_copy(ppo_atari.make_agent(args, env), torch.float32)
     with closing(ppo_atari.Workers(args, agent, ppo_atari.allocate(args, env))) as workers:
@@ -292,7 +292,8 @@ def test_signal_during_an_evaluation_in_between(tmp_path, monkeypatch, capfd, un
     """Ends this evaluation at once, too; the run is saved, and to go on."""
     monkeypatch.chdir(tmp_path)
     since = interrupt_game(monkeypatch, signal.SIGINT, 100)
-    code, out, error = here(capfd, *GAME, "--num-workers", 0, "--total-timesteps", 64, "--eval-interval", 32)
+    flags = ["--num-workers", 0, "--total-timesteps", 64, "--eval-interval", 32, "--eval-episodes", 2]
+    code, out, error = here(capfd, *GAME, *flags)
     assert code == 130 and 0 < len(since) <= 20, error
     run = run_directory(tmp_path)
     assert f"--resume {run.relative_to(tmp_path)}" in out and "mean" not in out
@@ -513,7 +514,7 @@ SHORTAGES = {  # what is short, the flags, and one of what the line must name
     "shared memory of 8 MB": (partial(small_shared_memory, "8m"), ["--num-workers", 2], "--shm-size|--num-workers"),
     "shared memory for the rollout, not for the weights": (
         partial(small_shared_memory, "64m"),
-        [*GAME, "--num-workers", 2, "--frame-size", 164, "--no-shared-network", "--precision", "float32"],
+        [*GAME, "--num-workers", 1, "--frame-size", 164, "--no-shared-network", "--precision", "float32"],
         "--shm-size|--num-workers",
     ),
     "twenty open files": (few_files, ["--num-workers", 8], "ulimit -n|--num-workers"),
@@ -654,7 +655,7 @@ CHECKPOINTS = {name: change for name, change in AGENTS.items() if "step" not in 
     "no ranks": lambda c: c.update(ranks=[]),
     "a rank 5": lambda c: c.update(ranks=[5]),
     "ranks by name": lambda c: c.update(ranks={"0": {}}),
-    "observations of another shape": lambda c: c.update(obs=c["obs"][:1].clone()),
+    "observations of another shape": lambda c: c.update(obs=c["obs"][:, :2].clone()),
     "no observations": lambda c: c.pop("obs"),
     "moments of another shape": lambda c: moments(c).update(exp_avg=torch.zeros(3)),
     "moments without a shape": lambda c: moments(c).update(exp_avg_sq=torch.tensor(0.0)),
@@ -704,7 +705,7 @@ def test_flipped_bits_are_noticed(name, run, capfd):
     stored = [bytes(tensor.untyped_storage()[:64].tolist()) for tensor in weights(run).values()]
     inside = [good.index(part) + 2 for part in stored if len(part) == 64]
     argv = ("--evaluate", run, "--eval-episodes", 0) if name == "agent.pt" else ("--resume", run)
-    for place in [*inside, *map(int, rng.integers(len(good), size=10))]:
+    for place in [*inside[::3], *map(int, rng.integers(len(good), size=6))]:
         path.write_bytes(good[:place] + bytes([good[place] ^ 1 << int(rng.integers(8))]) + good[place + 1 :])
         code, _, error = here(capfd, *argv)
         if code == 0:  # a bit of a date, or of the padding between two parts
