@@ -11,18 +11,17 @@
     python ppo_atari.py --resume runs/<run>                       go on after an interruption, bit for bit
     python ppo_atari.py --evaluate runs/<run> --capture-video     play ten full games and film one
     python ppo_atari.py --play --env-id ALE/Breakout-v5           play yourself (pip install pygame)
-    torchrun --standalone --nproc-per-node=2 ppo_atari.py         several processes; the same on each of two nodes:
-    torchrun --nnodes=2 --nproc-per-node=8 --node-rank=<0 or 1> --master-addr=<host> ppo_atari.py --num-envs 128
+    torchrun --standalone --nproc-per-node=2 ppo_atari.py         several processes (README: several nodes)
 
 After "Proximal Policy Optimization Algorithms" (Schulman et al., 2017), with openai/baselines' hyperparameters, and
 "The 37 Implementation Details of PPO" (Huang et al., 2022), each marked where it happens: [core 1] to [core 13] and
 [atari 1] to [atari 9]. A step is one decision of the agent, which is four emulator frames.
 
-Sections, each using only what stands above it, and the one place for each kind of change:
-1 arguments: a flag, in parse_args. 2 environment: a wrapper, in make_env; what of it changes during a game, in its
-`saved`. 3 agent: a network, in make_agent. 4 rollout: a quantity per step, in rollout_fields, and an output of that
-name from the agent, or a store() in rollout. 5 PPO: the loss and what to log, in ppo_loss; a number that changes during
-training, in make_knobs. 6 run directory. 7 processes. 8 programs: the loop, and state of its own, in train. 9 entry.
+Sections, each using only what stands above it, and the one place for each kind of change: 1 arguments: a flag, in
+parse_args. 2 environment: a wrapper, in make_env; what of it changes during a game, in its `saved`. 3 agent: a network,
+in make_agent. 4 rollout: a quantity per step, in rollout_fields, and an output of that name from the agent, or a
+store() in rollout. 5 PPO: the loss and what to log, in ppo_loss; a number that changes during training, in make_knobs.
+6 run directory. 7 processes. 8 programs: the loop, and state of its own, in train. 9 entry.
 """
 
 import os
@@ -38,7 +37,6 @@ import argparse
 import copy
 import ctypes
 import difflib
-import hashlib
 import io
 import itertools
 import json
@@ -62,6 +60,7 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing import connection, parent_process
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ale_py
@@ -70,8 +69,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import RecordEpisodeStatistics
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -86,8 +83,6 @@ with suppress(AttributeError, TypeError):  # glibc: keep freed memory, which cos
 # ----------------------------------------------------------------------------------------------------- 1 arguments
 
 Args, Tensors = argparse.Namespace, dict[str, Tensor]
-MACHINE = "machine and files (may change with --resume)"  # flags of these two groups do not make it another run
-LOOKING_ON = "evaluate, film, play, track (may change with --resume)"
 
 
 def say(text: str, file: Any = None) -> None:
@@ -108,6 +103,17 @@ def refuse(message: str) -> None:
     raise UsageError(message)
 
 
+@contextmanager
+def refusing(what: str, kinds: Any = Exception) -> Iterator[None]:
+    """Makes an error of these kinds the user's: one line of what is wrong, or what to do about it, and the reason."""
+    try:
+        yield
+    except kinds as error:
+        if kinds is Exception and isinstance(error, (UsageError, RunError, MemoryError)):
+            raise
+        raise UsageError(f"{what}: {str(getattr(error, 'strerror', None) or error)[:200]}") from None
+
+
 def between(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number from low to high, both included. NaN never passes."""
 
@@ -115,8 +121,8 @@ def between(kind: type, low: float, high: float) -> Callable[[str], float]:
         with suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"must be a {what} from {low:.9g} to {high:.9g}, not {text!r}")
+        what = f"a {'whole ' if kind is int else ''}number from {low:.9g} to {high:.9g}"
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
 
     return convert
 
@@ -125,20 +131,20 @@ def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "
     """The flags, checked, plus batch_size, minibatch_size and num_iterations. A mistake exits with code 2. saved: an
     earlier run's flags, from the file `source` (--resume: its args.json). They pass the same checks and count where
     argv says nothing, except those of the machine and of looking on; one that is missing has its default."""
-    argv, about, title_of = sys.argv[1:] if argv is None else argv, __doc__.split("\n")[0], {}
+    argv, free = sys.argv[1:] if argv is None else argv, {"total_timesteps"}
     count, natural, probability = between(int, 1, 2**20), between(int, 0, 2**53), between(float, 0, 1)
     positive, weight = between(float, 1e-37, 1e37), between(float, 0, 1e37)  # what float32 can hold
     formatter = partial(argparse.HelpFormatter, max_help_position=40, width=119)
-    parser = argparse.ArgumentParser("ppo_atari.py", None, about, formatter_class=formatter, allow_abbrev=False)
-    parser.error = refuse
+    parser = argparse.ArgumentParser("ppo_atari.py", None, __doc__.split("\n")[0], formatter_class=formatter)
+    parser.allow_abbrev, parser.error = False, refuse
 
     def flag(name: str, default: Any, kind: Any, help: str) -> None:
         options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
         options = {"choices": kind} if isinstance(kind, tuple) else options
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
         help += "" if default is None else " (default: %(default)s)"
-        group.add_argument(f"--{name}", default=default, help=help, **options)
-        title_of[name.replace("-", "_")] = group.title
+        action = group.add_argument(f"--{name}", default=default, help=help, **options)
+        free.update({action.dest} if "may change" in group.title else ())
 
     group = parser.add_argument_group("run (a step is one decision of the agent: 4 emulator frames by default)")
     flag("env-id", "ALE/Breakout-v5", str, "ALE/<Game>-v5 (sticky actions) or <Game>NoFrameskip-v4 (none)")
@@ -147,8 +153,7 @@ def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "
     flag("exp-name", "ppo_atari", str, "goes into the name of the run directory")
     flag("precision", "auto", ("auto", "float32", "bfloat16"), "of the network; auto: bfloat16 where hardware has it")
     flag("inference-batch", None, count, "games per policy call (default: the share of one default worker)")
-
-    group = parser.add_argument_group(MACHINE)
+    group = parser.add_argument_group("machine and files (may change with --resume)")
     flag("cuda", True, bool, "use a GPU if there is one")
     flag("cuda-graph", True, bool, "on a GPU, launch each update as one graph (in one process only)")
     flag("torch-deterministic", True, bool, "deterministic algorithms on a GPU too")
@@ -156,7 +161,17 @@ def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "
     flag("start-method", "fork" if sys.platform == "linux" else "spawn", ("fork", "spawn"), "of the workers")
     flag("resume", None, str, "go on with the run in this directory, with its flags")
     flag("checkpoint-interval", 300, natural, "iterations from one checkpoint to the next; 0: only at the end")
-
+    group = parser.add_argument_group("evaluate, film, play, track (may change with --resume)")
+    flag("evaluate", None, str, "play full games with the agent of a run directory or an agent file")
+    flag("output", None, str, "write what --evaluate finds to this directory (default: to the run's, if it is yours)")
+    flag("eval-episodes", 10, between(int, 0, 10_000), "full games per evaluation; 0: none")
+    flag("eval-interval", 0, natural, "evaluate every N steps of training as well; 0: only at the end")
+    flag("capture-video", False, bool, "film one game of each evaluation")
+    flag("play", False, bool, "play yourself; with --evaluate: watch the agent")
+    flag("track", False, bool, "mirror the run to Weights & Biases (pip install wandb)")
+    flag("wandb-project-name", "ppo-atari", str, "project")
+    flag("wandb-entity", None, str, "team or user")
+    flag("wandb-name", None, str, "name of the run (default: the run directory's)")
     group = parser.add_argument_group("PPO")
     flag("num-envs", 8, count, "games played side by side, over all processes")
     flag("num-steps", 128, count, "steps per game in one rollout")
@@ -174,7 +189,6 @@ def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "
     flag("vf-coef", 0.5, weight, "of the value loss")
     flag("max-grad-norm", 0.5, positive, "clip the global gradient norm to this")
     flag("target-kl", None, positive, "end an update after the epoch whose approximate KL exceeds this")
-
     group = parser.add_argument_group("the nine Atari details, and the protocol of Machado et al. (2018)")
     flag("noop-max", 30, between(int, 0, 10_000), "a game starts after 1 to N frames of doing nothing; 0: at once")
     flag("frame-skip", 4, between(int, 1, 120), "emulator frames per step")
@@ -188,49 +202,33 @@ def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "
     flag("full-action-space", False, bool, "all of the console's actions (18, in nearly every game)")
     flag("repeat-action-probability", None, probability, "sticky actions, per frame (default: what the id says)")
 
-    group = parser.add_argument_group(LOOKING_ON)
-    flag("evaluate", None, str, "play full games with the agent of a run directory or an agent file")
-    flag("output", None, str, "write what --evaluate finds to this directory (default: to the run's, if it is yours)")
-    flag("eval-episodes", 10, between(int, 0, 10_000), "full games per evaluation; 0: none")
-    flag("eval-interval", 0, natural, "evaluate every N steps of training as well; 0: only at the end")
-    flag("capture-video", False, bool, "film one game of each evaluation")
-    flag("play", False, bool, "play yourself; with --evaluate: watch the agent")
-    flag("track", False, bool, "mirror the run to Weights & Biases (pip install wandb)")
-    flag("wandb-project-name", "ppo-atari", str, "project")
-    flag("wandb-entity", None, str, "team or user")
-    flag("wandb-name", None, str, "name of the run (default: the run directory's)")
-
-    free = {name for name, title in title_of.items() if title in (MACHINE, LOOKING_ON)} | {"total_timesteps"}
-    missing = object()
     try:
-        given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(title_of, missing))))
-        given = {name: value for name, value in given.items() if value is not missing}
-        if given.get("resume"):
-            source, saved = str(Path(given["resume"]) / "args.json"), missing
+        given = vars(parser.parse_args(argv))
+        if resume := bool(given["resume"]):
+            source, saved = str(Path(given["resume"], "args.json")), "damaged"
             with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 saved = json.loads(Path(source).read_text())["flags"]
         if not isinstance(saved, dict | None):
-            raise UsageError(f"{source} is missing or damaged; give the directory of a run")
-        skipped = {"resume", "evaluate", "output", "play"} if given.get("resume") else free - {"total_timesteps"}
+            refuse(f"{source} is missing or damaged; give the directory of a run")
+        skipped = {"resume", "evaluate", "output", "play"} if resume else free - {"total_timesteps"}
         before = []  # as a user would type it
         for name, value in (saved or {}).items():
-            if name not in title_of or (value is None and parser.get_default(name) is not None):
-                raise UsageError(f"{source}: this script has no flag {name!r} with the value {value!r}")
+            if name not in given or (value is None and parser.get_default(name) is not None):
+                refuse(f"{source}: this script has no flag {name!r} with the value {value!r}")
             typed = name.replace("_", "-")
             if value is not None and name not in skipped:
                 before += [f"--{'' if value else 'no-'}{typed}" if isinstance(value, bool) else f"--{typed}={value}"]
-        try:
+        with refusing(source, UsageError):
             derive(earlier := parser.parse_args(before))
-        except UsageError as error:
-            raise UsageError(f"{source}: {error}") from None
-        for name, new in given.items() if given.get("resume") else ():
-            old, typed = getattr(earlier, name), name.replace("_", "-")
-            if (name not in free and new != old) or (name == "total_timesteps" and new < old):
-                raise UsageError(f"--resume: --{typed} is {old} in that run and cannot become {new}; leave it out")
         derive(args := parser.parse_args(before + argv))
+        for name in given if resume else ():
+            old, new = getattr(earlier, name), getattr(args, name)
+            if new < old if name == "total_timesteps" else new != old and name not in free:
+                typed = name.replace("_", "-")
+                refuse(f"--resume: --{typed} is {old} in that run and cannot become {new}; leave it out")
     except UsageError as error:
         parser.exit(2, f"ppo_atari.py: error: {' '.join(str(error).split())}\n")
-    args.argv, args.flags = argv, {name: getattr(args, name) for name in title_of}
+    args.argv, args.flags = argv, {name: getattr(args, name) for name in given}
     args.identity = {name: value for name, value in args.flags.items() if name not in free}
     return args
 
@@ -243,6 +241,7 @@ def derive(args: Args) -> None:
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = args.total_timesteps // args.batch_size
+    args.local_envs = args.num_envs // args.world_size  # of this process
     sizes, share = f"{args.num_envs} environments x {args.num_steps} steps", f"{args.world_size} processes"
     pieces, size = args.num_minibatches * args.world_size, args.frame_size
     for wrong, message in (
@@ -256,8 +255,7 @@ def derive(args: Args) -> None:
         (args.resume and (args.evaluate or args.play), "--resume trains on; leave out --evaluate and --play"),
     ):
         if wrong:
-            raise UsageError(message)
-    args.local_envs = args.num_envs // args.world_size  # of this process
+            refuse(message)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(max(1, cores // args.local_world_size), args.local_envs)
     args.workers = min(workers if args.num_workers is None else args.num_workers, args.local_envs)
@@ -267,14 +265,14 @@ def derive(args: Args) -> None:
 
 def check_env_id(env_id: str) -> None:
     """Raises UsageError unless the id is registered and is an Atari game with a finite set of actions."""
-    try:
+    with suppress(gym.error.Error, ImportError, ValueError):
         spec = gym.spec(env_id)  # imports nothing
-    except (gym.error.Error, ImportError, ValueError):
-        games = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
-        near = difflib.get_close_matches(env_id[:50], games, n=3, cutoff=0.4) or games[:1]
-        raise UsageError(f"--env-id {env_id[:50]!r} is unknown; did you mean {' or '.join(near)}?") from None
-    if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs.get("continuous"):
-        raise UsageError(f"--env-id {env_id} is not an Atari game with finitely many actions (no continuous actions)")
+        if spec.entry_point == "ale_py.env:AtariEnv" and not spec.kwargs.get("continuous"):
+            return
+        refuse(f"--env-id {env_id} is not an Atari game with finitely many actions (no continuous actions)")
+    games = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
+    near = difflib.get_close_matches(env_id[:50], games, n=3, cutoff=0.4) or games[:1]
+    refuse(f"--env-id {env_id[:50]!r} is unknown; did you mean {' or '.join(near)}?")
 
 
 # --------------------------------------------------------------------------------------------------- 2 environment
@@ -289,73 +287,57 @@ def pack(value: Any) -> Any:
         return value.get_state() if isinstance(value, torch.Generator) else pack(value.bit_generator.state)
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
-    if isinstance(value, (np.ndarray, np.generic)) and np.asarray(value).dtype.kind in "biufc":
-        return {"ndarray": torch.tensor(np.ascontiguousarray(value).reshape(np.shape(value)))}
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+        return {"ndarray": torch.tensor(np.ascontiguousarray(value).reshape(value.shape))}
     if isinstance(value, dict):
         return {name: pack(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple, deque)):
-        parts = (list if isinstance(value, deque) else type(value))(map(pack, value))
-        return {"deque": parts, "maxlen": value.maxlen} if isinstance(value, deque) else parts
+    if isinstance(value, deque):
+        return {"deque": pack(list(value)), "maxlen": value.maxlen}
+    if type(value) in (list, tuple):
+        return type(value)(map(pack, value))
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
     raise UsageError(f"a checkpoint cannot hold a {type(value).__name__}: see pack()")
 
 
-@contextmanager
-def must_fit(what: str) -> Iterator[None]:
-    """Makes a UsageError of whatever goes wrong while something from a file is taken."""
-    try:
-        yield
-    except (UsageError, RunError, MemoryError):
-        raise
-    except Exception as error:
-        raise UsageError(f"{what}: {str(error)[:200]}") from None
-
-
-def revive(kept: Any) -> Any:
-    """The value of which pack() made this, if it has no state of its own."""
-    if isinstance(kept, (list, tuple)):
-        return type(kept)(map(revive, kept))
-    if not isinstance(kept, dict):
-        return kept
-    if kept.keys() == {"ndarray"}:
-        return kept["ndarray"].numpy().copy()[()]  # [()]: a number of NumPy's, if it was one
-    kept = {name: revive(part) for name, part in kept.items()}
-    return deque(kept["deque"], kept["maxlen"]) if kept.keys() == {"deque", "maxlen"} else kept
-
-
 def unpack(current: Any, kept: Any) -> Any:
-    """What pack() kept, put back into `current` if that can be changed in place. ValueError, TypeError ...: no fit."""
+    """What pack() kept, put back into `current` where that can be changed in place. An error of any kind: no fit."""
+
+    def kind(x: Any) -> tuple:  # all numbers are alike, of Python or of NumPy
+        number = isinstance(x, (int, float, np.generic)) or (isinstance(x, np.ndarray) and x.ndim == 0)
+        return () if number else (type(x), getattr(x, "dtype", None), getattr(x, "ndim", None))
+
+    if isinstance(current, Tensor):
+        return current.copy_(kept.view(current.dtype).view(current.shape))
+    if isinstance(kept, dict) and kept.keys() == {"ndarray"}:
+        kept = kept["ndarray"].numpy().copy()[()]  # [()]: a number of NumPy's, if it was one
+    elif isinstance(kept, dict) and kept.keys() == {"deque", "maxlen"}:
+        kept = deque(unpack(None, kept["deque"]), kept["maxlen"])
+    elif isinstance(kept, dict):
+        old = current if isinstance(current, dict) else {}
+        names = [*kept, *(name for name, part in old.items() if isinstance(part, Tensor) and name not in kept)]
+        kept = {name: unpack(old.get(name), kept[name]) for name in names}
+    elif isinstance(kept, (list, tuple)):
+        old = itertools.chain(current if type(current) is type(kept) else (), itertools.repeat(None))
+        old = (None if isinstance(part, (Tensor, np.ndarray)) else part for part in old)  # it may stand there twice
+        kept = type(kept)(map(unpack, old, kept))
     if hasattr(current, "load_state_dict"):
-        current.load_state_dict(revive(kept))
+        current.load_state_dict(kept)
     elif isinstance(current, torch.Generator):
         current.set_state(kept)
     elif isinstance(current, np.random.Generator):
-        current.bit_generator.state = revive(kept)
-    elif isinstance(current, Tensor):
-        current.copy_(kept.view(current.dtype).view(current.shape))
-    elif isinstance(current, dict):
-        if lost := [name for name, part in current.items() if isinstance(part, Tensor) and name not in kept]:
-            raise ValueError(f"{lost[0]} is missing")
-        parts = {name: unpack(current.get(name), part) for name, part in kept.items()}
+        current.bit_generator.state = kept
+    elif current is None or kept is None or kind(current) == kind(kept) == ():
+        return kept
+    elif kind(current) != kind(kept):
+        raise TypeError(f"{type(kept).__name__} in place of {type(current).__name__}")
+    elif isinstance(current, (dict, list, deque)):
         current.clear()
-        current.update(parts)
+        current.update(kept) if isinstance(current, dict) else current.extend(kept)
+    elif isinstance(current, np.ndarray) and current.shape == kept.shape:
+        current[...] = kept
     else:
-        value, kinds = revive(kept), []
-        for x in (current, value):  # all numbers are alike, of Python or of NumPy
-            number = isinstance(x, (int, float, np.generic)) or (isinstance(x, np.ndarray) and x.ndim == 0)
-            kinds.append("number" if number else (type(x), *((x.dtype, x.ndim) if isinstance(x, np.ndarray) else ())))
-        if kinds[0] != kinds[1] and value is not None and current is not None:
-            raise TypeError(f"{type(value).__name__} in place of {type(current).__name__}")
-        if isinstance(current, deque) and value is not None:
-            current.clear()
-            current.extend(value)
-        elif isinstance(current, list) and value is not None:
-            current[:] = value
-        elif isinstance(current, np.ndarray) and current.ndim and np.shape(value) == current.shape:
-            current[...] = value
-        else:
-            return value
+        return kept
     return current
 
 
@@ -428,9 +410,8 @@ class EpisodicLifeEnv(gym.Wrapper):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
-        lives, before = self.ale.lives(), self.lives
-        self.lives = lives
-        return obs, reward, terminated or 0 < lives < before, truncated, info
+        before, self.lives = self.lives, self.ale.lives()
+        return obs, reward, terminated or 0 < self.lives < before, truncated, info
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         if self.game_over or kwargs.get("seed") is not None:
@@ -507,12 +488,12 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     kwargs |= {"full_action_space": args.full_action_space, "render_mode": render_mode}
     env = gym.make(args.env_id, frameskip=1, disable_env_checker=True, **kwargs)
     env.saved = ()  # gym.make's OrderEnforcing keeps nothing that a game depends on
-    if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.n < 1:
-        raise UsageError(f"--env-id {args.env_id} has no finite set of actions")
     if args.noop_max > 0:
         env = NoopResetEnv(env, args.noop_max)
     env = MaxAndSkipEnv(env, args.frame_skip)
-    env = RecordEpisodeStatistics(env)  # above the skip, beneath lives and clipping: the score that papers report
+    env = gym.wrappers.RecordEpisodeStatistics(
+        env
+    )  # above the skip, beneath lives and clipping: the score that papers report
     env.saved = ("episode_returns", "episode_lengths")
     if args.episodic_life:
         env = EpisodicLifeEnv(env)
@@ -548,7 +529,7 @@ def set_env_state(env: gym.Env, state: dict[str, Any]) -> None:
     emulator is native code that trusts these bytes: their length, less the digits of its generators, must be right, but
     forged ones can do harm."""
     ale, words = env.unwrapped.ale, re.compile(rb"(?:\d{1,10} ){624}\d{1,3}")
-    with must_fit("the games in the checkpoint do not fit"):
+    with refusing("the games in the checkpoint do not fit"):
         mine, its = (words.subn(b"", x) for x in (get_env_state(env)["emulator"], state["emulator"]))
         if (len(mine[0]), mine[1]) != (len(its[0]), its[1]):
             raise ValueError("the emulator's state is not of this game")
@@ -598,9 +579,8 @@ class Flatten(nn.Module):
 
 
 def nature_cnn(frame_stack: int, frame_size: int, scale_obs: bool) -> nn.Sequential:
-    """[atari 8] The convolutional network of Mnih et al. (2015): pixels [B, frame_stack, L, L] to [B, 512]."""
-    if frame_size < 36 or frame_size % 8 != 4:
-        raise ValueError(f"frame_size must be 8m + 4 and at least 36, not {frame_size}")
+    """[atari 8] The convolutional network of Mnih et al. (2015): pixels [B, frame_stack, L, L] to [B, 512]. L is 8m + 4
+    and at least 36: any other size would lose pixels at the border."""
     first = PixelConv2d if scale_obs else nn.Conv2d  # [atari 9]
     layers = [layer_init(first(frame_stack, 32, 8, stride=4)), nn.ReLU(inplace=True)]
     layers += [layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(inplace=True)]
@@ -632,15 +612,12 @@ class Agent(nn.Module):
         with torch.autocast(obs.device.type, self.dtype):
             return network(x).float()
 
-    def get_value(self, obs: Tensor) -> Tensor:
-        """The value [B] of each observation."""
-        return self.critic(self.features(self.critic_network or self.network, obs)).flatten()
-
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None, uniform: Tensor | None = None) -> Tensors:
         """action int64 [B], its log_prob [B], the policy's entropy [B] and the value [B]. Without an action, samples
         one: by inverting the distribution function at uniform [B] in [0, 1), if given."""
         hidden = self.features(self.network, obs)
-        value = self.critic(hidden).flatten() if self.critic_network is None else self.get_value(obs)
+        critic_hidden = hidden if self.critic_network is None else self.features(self.critic_network, obs)
+        value = self.critic(critic_hidden).flatten()
         log_probs = self.actor(hidden).log_softmax(-1)
         probs = log_probs.exp()
         if action is None:
@@ -669,23 +646,12 @@ def inference_copy(agent: Agent, dtype: torch.dtype) -> Agent:
     return clone
 
 
-@torch.no_grad()
-def copy_state(source: nn.Module, target: nn.Module) -> None:
-    """Copies all parameters and buffers, rounding to the target's precision."""
-    for tensors in (nn.Module.parameters, nn.Module.buffers):
-        for new, old in zip(tensors(source), tensors(target), strict=True):
-            old.copy_(new)
-
-
 # ------------------------------------------------------------------------------------------------------- 4 rollout
-
-Game = tuple[int, int, float, int]  # the step of a rollout in which it ended, environment, return, length
 
 
 def rollout_fields(args: Args, env: gym.Env) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What a rollout keeps of each step in each environment: name, type and shape. The loss reads the same names.
-    Filled with the agent's outputs of these names, and by store() in rollout(). done: 1 where obs starts an episode.
-    """
+    Filled with the agent's outputs of these names, and by store() in rollout(). done: 1 where obs starts an episode."""
     fields = {"obs": (torch.uint8, env.observation_space.shape), "action": (torch.int64, ())}
     return fields | dict.fromkeys(("reward", "done", "log_prob", "value"), (torch.float32, ()))
 
@@ -694,11 +660,12 @@ def allocate(args: Args, env: gym.Env, actor: nn.Module | None = None) -> Tensor
     """Each field of one rollout, [T + 1, N, ...]; row T becomes the next row 0. In shared memory, if there are workers.
     Raises RunError if there is too little of that: the system would kill the process without a word."""
     size, fields = (args.num_steps + 1, args.local_envs), rollout_fields(args, env)
-    need = sum(math.prod((*size, *shape)) * dtype.itemsize for dtype, shape in fields.values()) / 2**20
-    need += sum(tensor.nbytes for tensor in actor.state_dict().values()) / 2**20 if actor else 0  # shared as well
-    if args.workers and os.path.exists("/dev/shm") and need + 1 > (free := shutil.disk_usage("/dev/shm").free / 2**20):
+    need = sum(math.prod((*size, *shape)) * dtype.itemsize for dtype, shape in fields.values())
+    need += sum(tensor.nbytes for tensor in actor.state_dict().values()) if actor else 0  # shared as well
+    free = shutil.disk_usage("/dev/shm").free if args.workers and os.path.exists("/dev/shm") else math.inf
+    if need + 2**20 > free:
         mend = "enlarge /dev/shm (docker run --shm-size), give --num-workers 0, or lower --num-envs or --num-steps"
-        raise RunError(f"a rollout needs {need:,.0f} MB of shared memory, and {free:,.0f} MB are free: {mend}")
+        raise RunError(f"a rollout needs {need >> 20:,} MB of shared memory, and {free >> 20:,} MB are free: {mend}")
     storage = {name: torch.zeros((*size, *shape), dtype=dtype) for name, (dtype, shape) in fields.items()}
     return {name: tensor.share_memory_() if args.workers else tensor for name, tensor in storage.items()}
 
@@ -717,11 +684,11 @@ def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> Tensors:
 
 @torch.inference_mode()
 def rollout(
-    agent: Agent, envs: SyncVectorEnv, storage: Tensors, generators: list[np.random.Generator], args: Args
-) -> tuple[list[Game], dict[str, float]]:
+    agent: Agent, envs: gym.vector.VectorEnv, storage: Tensors, generators: list, args: Args
+) -> tuple[list, dict]:
     """Plays the steps of one rollout in each environment and stores them. envs must have SAME_STEP autoreset.
-    Environment i samples its actions from generators[i]. Returns the games that ended and the seconds by kind of work.
-    """
+    Environment i samples its actions from generators[i] of NumPy's. Returns the games that ended, each as (step of the
+    rollout in which it ended, environment, return, length), and the seconds by kind of work."""
     num_steps, games, seconds, filled = args.num_steps, [], {"environment": 0.0, "inference": 0.0}, set()
     uniform = torch.from_numpy(np.stack([g.random(num_steps, np.float32) for g in generators], axis=1))
 
@@ -729,7 +696,7 @@ def rollout(
         """Keeps, as step t of the rollout, those of the values [N, ...] that rollout_fields names."""
         for name in values.keys() & storage.keys():
             storage[name][t] = values[name]
-            filled.add(name)
+            filled.add((name, t))
 
     for env in envs.envs:
         forget_last_action(env)
@@ -751,8 +718,9 @@ def rollout(
         seconds["inference"] += inferred - started
         seconds["environment"] += time.perf_counter() - inferred
     store(num_steps, **act(agent, storage["obs"][num_steps], uniform[0], args.inference_batch))
-    if missing := sorted(storage.keys() - filled):
-        raise RunError(f"rollout_fields names {missing[0]!r}, but no output of the agent and no store() does")
+    for name, t in itertools.product(storage, range(num_steps)):
+        if (name, t) not in filled:
+            raise RunError(f"rollout_fields names {name!r}: no output of the agent and no store() fills its step {t}")
     return games, seconds
 
 
@@ -766,12 +734,12 @@ class Collector:
         seeds = [[args.seed, self.first + i] for i in range(high - low)]
         self.generators = [np.random.default_rng(seed) for seed in seeds]
         make = [lambda: make_env(args)] * len(seeds)
-        self.envs = SyncVectorEnv(make, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        self.envs = gym.vector.SyncVectorEnv(make, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         game_seeds = [int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1) for seed in seeds]
         self.storage["obs"][-1] = torch.from_numpy(self.envs.reset(seed=game_seeds)[0])
         self.storage["done"][-1] = 1
 
-    def rollout(self) -> tuple[list[Game], dict[str, float]]:
+    def rollout(self) -> tuple[list, dict]:
         threads, drawn = torch.get_num_threads(), torch.get_rng_state()
         torch.set_num_threads(1)  # a small batch gains nothing from threads, and results must not depend on them
         games, seconds = rollout(self.agent, self.envs, self.storage, self.generators, self.args)
@@ -786,7 +754,7 @@ class Collector:
     def set_state(self, states: list[dict[str, Any]]) -> None:
         for env, generator, state in zip(self.envs.envs, self.generators, states):
             set_env_state(env, state)
-            with must_fit("a generator in the checkpoint does not fit"):
+            with refusing("a generator in the checkpoint does not fit"):
                 unpack(generator, state["generator"])
 
 
@@ -802,10 +770,9 @@ def worker_main(pipe: connection.Connection, *collector_args: Any) -> None:
             pipe.send((answer, None))
             method, call_args = pipe.recv()
             answer = getattr(collector, method)(*call_args)
-    except (UsageError, RunError) as error:
-        pipe.send((None, error))
-    except Exception:
-        pipe.send((None, RunError(f"a rollout worker failed: {traceback.format_exc()}")))
+    except Exception as error:
+        known = isinstance(error, (UsageError, RunError))
+        pipe.send((None, error if known else RunError(f"a rollout worker failed: {traceback.format_exc()}")))
 
 
 class Workers:
@@ -838,23 +805,23 @@ class Workers:
         return self.answers()
 
     def answers(self) -> list[Any]:
-        """What each worker answers. Raises its error as soon as one fails, and RunError as soon as one dies."""
-        answers: dict[int, Any] = {}
-        while waiting := [i for i in range(len(self.pipes)) if i not in answers]:
-            ends = {end: i for i in waiting for end in (self.pipes[i], self.processes[i].sentinel)}
-            for i in {ends[end] for end in connection.wait(ends)}:
-                try:
-                    if not self.pipes[i].poll():  # asked after its end: its last words may still be in there
-                        raise EOFError
-                    answers[i], error = self.pipes[i].recv()
-                except (EOFError, ConnectionResetError):
-                    self.processes[i].join()
-                    error = RunError(f"rollout worker {i} ended with exit code {self.processes[i].exitcode}")
-                if error:
-                    raise error
-        return [answers[i] for i in range(len(self.pipes))]
+        """What each worker answers. Raises the error of one that failed, and RunError if one has died."""
+        answers = []
+        for i, (pipe, process) in enumerate(zip(self.pipes, self.processes)):
+            connection.wait([pipe, process.sentinel])
+            try:
+                if not pipe.poll():  # asked after its end: its last words may still be in there
+                    raise EOFError
+                answer, error = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                process.join()
+                error = RunError(f"rollout worker {i} ended with exit code {process.exitcode}")
+            if error:
+                raise error
+            answers.append(answer)
+        return answers
 
-    def rollout(self) -> tuple[list[Game], dict[str, float]]:
+    def rollout(self) -> tuple[list, dict[str, float]]:
         """One rollout in all environments: the games that ended, and the mean seconds by kind of work."""
         games, seconds = zip(*self.call("rollout"))
         return sum(games, []), {work: float(np.mean([share[work] for share in seconds])) for work in seconds[0]}
@@ -871,9 +838,7 @@ class Workers:
 # ----------------------------------------------------------------------------------------------------------- 5 PPO
 
 
-def compute_gae(
-    rewards: Tensor, values: Tensor, dones: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
+def compute_gae(rewards: Tensor, values: Tensor, dones: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, ...]:
     """[core 5] Generalized advantage estimation (Schulman et al., 2016): advantages and returns, both [T, N]. rewards
     are [T, N], values and dones [T + 1, N]; dones[t] is 1 where observation t starts a new episode."""
     advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(values[0])
@@ -905,12 +870,6 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     errors, returns = (x - all_mean(x.mean()) for x in ((returns - values).double(), returns.double()))
     variance = all_mean(returns.square().mean()).item()
     return 1 - all_mean(errors.square().mean()).item() / variance if variance > 0 else math.nan
-
-
-def means(stats: list[Tensors]) -> dict[str, float]:
-    """The mean of each scalar over the minibatches and all processes."""
-    mean = torch.stack([torch.stack(list(one.values())) for one in stats]).mean(0)
-    return dict(zip(stats[0], all_mean(mean).tolist()))
 
 
 def ppo_loss(new: Tensors, old: Tensors, args: Args, knobs: Tensors) -> tuple[Tensor, Tensors]:
@@ -961,10 +920,8 @@ def take(batch: Tensors, rows: Tensor) -> Tensors:
     return taken | {name: image.index_select(0, rows).permute(0, 3, 1, 2) for name, image in images.items()}
 
 
-def update(
-    agent: Agent, optimizer: torch.optim.Optimizer, batch: Tensors, rows: Tensor, args: Args, knobs: Tensors
-) -> Tensors:
-    """One gradient step on the minibatch that these rows of the batch form. Returns what to log of it."""
+def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Tensors, args: Args, knobs: Tensors, rows: Tensor):
+    """One gradient step on the minibatch that these rows of the batch form. Returns what to log of it, as Tensors."""
     old = take(batch, rows)
     loss, stats = ppo_loss(agent.get_action_and_value(old["obs"], old["action"]), old, args, knobs)
     optimizer.zero_grad()
@@ -986,16 +943,7 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
     repeats what it recorded: every plain number that the loss reads (args.clip_coef, say) and every `if` is frozen
     here. What changes during training must be a tensor that is changed in place: a knob. Leaves the agent and its
     optimizer as they were. If there can be no graph, says why in one line and returns `step`."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     before = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"], torch.cuda.get_rng_state()))
-
-    def restore() -> None:  # in place: the graph knows these tensors by their addresses
-        agent.load_state_dict(before[0])
-        for index, parameter in enumerate(parameters):
-            for name, tensor in optimizer.state.get(parameter, {}).items():
-                tensor.copy_(before[1][index][name]) if index in before[1] else tensor.zero_()
-        torch.cuda.set_rng_state(before[2])
-        optimizer.zero_grad()
 
     def replay(new_rows: Tensor) -> Tensors:
         mine.copy_(new_rows)
@@ -1010,7 +958,7 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
             for _ in range(3):  # the first calls choose kernels and allocate, which no graph may
                 names = list(step(rows))
         torch.cuda.current_stream().wait_stream(stream)
-        restore()
+        optimizer.zero_grad()
         graph, mine = torch.cuda.CUDAGraph(), rows.clone()
         with torch.cuda.graph(graph):
             stats = torch.stack(list(step(mine).values()))
@@ -1021,22 +969,27 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
         replay = step
         for group in optimizer.param_groups:
             group["capturable"] = False
-    restore()
+    agent.load_state_dict(before[0])  # in place, as all this: the graph knows these tensors by their addresses
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        for name, tensor in optimizer.state.get(parameter, {}).items():
+            tensor.copy_(before[1][index][name]) if index in before[1] else tensor.zero_()
+    torch.cuda.set_rng_state(before[2])
     return replay
 
 
 class Learner:
     """The agent on its device with all that trains it: optimizer, knobs, and the batch that a rollout becomes.
-    Parameters may be frozen, and the optimizer may have several groups: each keeps its proportion to the learning rate.
-    """
+    Parameters may be frozen; several groups of the optimizer each keep their proportion to the learning rate."""
 
     def __init__(self, args: Args, agent: Agent, device: torch.device, dtype: torch.dtype):
         self.args, self.agent, self.device, self.on_gpu = args, agent.to(device), device, device.type == "cuda"
-        agent.dtype, self.knobs, self.batch, self.step = dtype, make_knobs(args, device), {}, None
         self.graphed = self.on_gpu and args.cuda_graph and args.world_size == 1
+        self.knobs = MappingProxyType(make_knobs(args, device))  # to be filled, not replaced
         self.optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # [core 3]
         self.settle(self.optimizer)
         self.optimizer.register_load_state_dict_post_hook(self.settle)  # a checkpoint may be another machine's
+        agent.dtype, self.batch, self.step = dtype, {}, None
 
     def settle(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes each group's learning rate a tensor on the device, to be changed in place."""
@@ -1068,7 +1021,7 @@ class Learner:
     def update(self, rows: Tensor) -> Tensors:
         """One gradient step on these rows of the batch."""
         if self.step is None:
-            self.step = partial(update, self.agent, self.optimizer, self.batch, args=self.args, knobs=self.knobs)
+            self.step = partial(update, self.agent, self.optimizer, self.batch, self.args, self.knobs)
             if self.graphed:
                 self.step = cuda_graph(self.step, rows, self.agent, self.optimizer)
         return self.step(rows)
@@ -1090,27 +1043,22 @@ def write_file(path: Path, content: bytes | dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    finally:
         with suppress(OSError):
             temporary.unlink()  # half a file would help to keep a full disk full
-        raise
 
 
 def load_file(path: Path, *keys: str) -> dict[str, Any]:
     """A dictionary with these keys and finite "weights", written by write_file. Raises UsageError for anything else.
     weights_only runs no code from it, so a stranger's agent.pt can do no harm. A checkpoint.pt holds states of the
     emulator, native code that believes them: resume only what is your own."""
-    try:
+    with refusing(f"{path} is damaged or not of this script"), refusing(f"{path} does not exist", FileNotFoundError):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load compares no checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
         finite = all(tensor.isfinite().all() for tensor in content["weights"].values())
         if damaged or not finite or not set(keys) <= content.keys():
-            raise ValueError
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except Exception:  # whatever a damaged file makes of the two readers
-        raise UsageError(f"{path} is damaged, not a file of this script, or not finite") from None
+            raise ValueError("not finite, or not complete")
     return content
 
 
@@ -1132,19 +1080,12 @@ class RunDirectory:
         self.writer, self.bar, self.purge_step = None, None, None
         hook = threading.excepthook  # what TensorBoard's own thread cannot write, attempt() reports
         threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
-        try:
+        with refusing(f"cannot write to {path}", OSError):
             self.lock = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UsageError(f"cannot write to {path}: {error.strerror}") from None
-        try:
-            import fcntl
+        with suppress(ImportError, OSError), refusing(f"cannot write to {path}: another process does", BlockingIOError):
+            import fcntl  # a system or a disk without locks goes without
 
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise UsageError(f"cannot write to {path}: another process does") from None
-        except (ImportError, OSError):  # a system or a disk without locks
-            pass
 
     def close(self) -> None:
         if self.bar:
@@ -1160,10 +1101,8 @@ class RunDirectory:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         with suppress(OSError):  # not every machine has git
             about["git"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        try:
+        with refusing(f"cannot write to {self.path}", OSError):
             write_file(self.path / "args.json", json.dumps(about, indent=1).encode())
-        except OSError as error:
-            raise UsageError(f"cannot write to {self.path}: {error.strerror}") from None
         on = f"{device}, {str(dtype)[6:]}, {args.workers} rollout workers, {torch.get_num_threads()} threads"
         say(f"run directory: {self.path}\n{on}")
         if step:  # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap
@@ -1263,10 +1202,10 @@ class RunDirectory:
         summary = Summary(value=[Summary.Value(tag="eval/video", image=image)])
         self.events(lambda writer: writer.file_writer.add_summary(summary, step))
 
-    def save(self, content: dict[str, Any], agent: dict[str, Any]) -> None:
+    def save(self, agent: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
         """agent.pt, to evaluate and to share, and checkpoint.pt, to go on."""
         self.write("agent.pt", agent)
-        self.write("checkpoint.pt", agent | content)
+        self.write("checkpoint.pt", agent | ranks[0] | {"ranks": ranks[1:]})
         if "checkpoint.pt" not in self.failing:
             self.kept = f"the checkpoint of step {agent['step']:,} is kept"
 
@@ -1306,8 +1245,8 @@ def choose_dtype(args: Args, device: torch.device) -> torch.dtype:
         return getattr(torch, args.precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
 
 
 def lock_pages(storage: Tensors, stack: ExitStack) -> None:
@@ -1335,7 +1274,7 @@ def join_processes(args: Args, device: torch.device, stack: ExitStack) -> None:
         dist.init_process_group(backend, timeout=timedelta(days=1))
         stack.callback(dist.destroy_process_group)
         if len(set(gather(device.type))) > 1:
-            raise UsageError("some of the processes have a GPU and some have none: give --no-cuda")
+            refuse("some of the processes have a GPU and some have none: give --no-cuda")
 
 
 class StopRequest:
@@ -1370,14 +1309,15 @@ class StopRequest:
 
 def shortage(error: Exception, args: Args) -> str | None:
     """One line about memory or files that the system refused, and what to do; None for any other error."""
-    text, size = str(error), args.batch_size / args.world_size * args.frame_stack * args.frame_size**2 / 2**20
+    lower, size = "lower --num-envs, --num-steps or --num-workers", args.batch_size * args.frame_stack / args.world_size
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is too small: lower --num-envs or --num-steps, or raise --num-minibatches"
-    if "Too many open files" in text:
+    if "Too many open files" in str(error):
         return f"too few open files are allowed for {args.workers} workers: raise `ulimit -n` or lower --num-workers"
-    if isinstance(error, MemoryError) or re.search("(?i)allocate memory|not enough memory|bad.?alloc", text):
-        need = f"too little memory, and a rollout alone needs {size:,.0f} MB, twice"
-        return f"{need}: lower --num-envs, --num-steps or --num-workers, or raise `ulimit -v`"
+    known = "allocate memory|enough memory|bad.?alloc|new thread|create a primitive|inline_container|return without"
+    if isinstance(error, MemoryError) or re.search(known, str(error), re.IGNORECASE):
+        need = f"{size * args.frame_size**2 / 2**20:,.0f} MB, twice"
+        return f"too little memory, and a rollout alone needs {need}: {lower}, or raise `ulimit -v`"
     return None
 
 
@@ -1389,19 +1329,14 @@ def open_run(args: Args) -> RunDirectory | Nothing:
     if args.rank:
         return Nothing()
     if args.track:
-        try:
+        with refusing("--track needs Weights & Biases: pip install wandb", ImportError):
             import wandb
-        except ImportError:
-            raise UsageError("--track needs Weights & Biases: pip install wandb") from None
-    path, when = Path(args.resume) if args.resume else None, itertools.count(int(time.time()))
-    while path is None:
-        try:
-            path = Path(f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{next(when)}")
-            path.mkdir(parents=True)
-        except FileExistsError:
-            path = None  # another run began in the same second
-        except OSError as error:
-            raise UsageError(f"cannot write to {path}: {error.strerror}") from None
+    path, when = Path(args.resume or ""), itertools.count(int(time.time()))
+    while not args.resume:
+        path = Path(f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{next(when)}")
+        with suppress(FileExistsError), refusing(f"cannot write to {path}", (PermissionError, NotADirectoryError)):
+            path.mkdir(parents=True)  # if it exists, another run began in the same second
+            break
     run = RunDirectory(path)
     if args.track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": args.wandb_name or path.name}
@@ -1410,52 +1345,40 @@ def open_run(args: Args) -> RunDirectory | Nothing:
 
 
 def save(run: RunDirectory | Nothing, state: dict[str, Any], args: Args, step: int) -> None:
-    """Writes a checkpoint. What is the same in all processes is kept once, what differs is kept for each of them."""
-    mine, digests = {name: pack(value) for name, value in state.items()}, {}
-    for name, value in mine.items() if dist.is_initialized() else ():
-        torch.save(value, buffer := io.BytesIO())
-        digests[name] = hashlib.sha256(buffer.getbuffer()).digest()
-    different = {name for theirs in gather(digests) for name in digests if theirs[name] != digests[name]}
-    content = {name: value for name, value in mine.items() if name not in different}
-    content["ranks"] = gather({name: mine[name] for name in different})
-    run.save(content, {"weights": mine["weights"], "flags": args.flags, "step": step})
+    """Writes a checkpoint: the state of each process."""
+    ranks = gather(pack(state))
+    run.save({"weights": ranks[0]["weights"], "flags": args.flags, "step": step}, ranks)
 
 
 def load(state: dict[str, Any], args: Args) -> None:
     """Restores in place, from the checkpoint of --resume, what save() wrote. Raises UsageError if it does not fit."""
     path = Path(args.resume, "checkpoint.pt")
-    saved = load_file(path, "iteration", "ranks", "flags")
-    with must_fit(f"--resume: {path} is not of the run in args.json"):
-        if len(saved["ranks"]) != args.world_size:
-            raise UsageError(f"--resume: that run has {len(saved['ranks'])} processes, not {args.world_size}")
+    saved = load_file(path, "ranks", "flags")
+    with refusing(f"--resume: {path} is not of the run in args.json"):
+        if 1 + len(saved["ranks"]) != args.world_size:
+            refuse(f"--resume: that run has {1 + len(saved['ranks'])} processes, not {args.world_size}")
         if other := [name for name, value in args.identity.items() if saved["flags"].get(name, value) != value]:
             raise ValueError(f"{other[0]} is {saved['flags'][other[0]]}")
-        saved |= saved["ranks"][args.rank]
-        for name in state:
-            state[name] = unpack(state[name], saved[name])
+        mine = [saved, *saved["ranks"]][args.rank]
+        unpack(state, {name: mine[name] for name in state})
         for parameter, memory in state["optimizer"].state.items():
-            moments = [memory[name] for name in ("exp_avg", "exp_avg_sq") if name in memory]
-            if not memory or any(moment.shape != parameter.shape for moment in moments):
+            if not memory or any(memory[x].shape != parameter.shape for x in ("exp_avg", "exp_avg_sq") if x in memory):
                 raise ValueError("the optimizer is of other parameters")
-        most = saved["flags"]["total_timesteps"] // args.batch_size
-        if (
-            type(state["iteration"]) is not int
-            or not 0 <= state["iteration"] <= most
-            or not math.isfinite(sum(state["recent"]))
-        ):
+        before, done = saved["flags"]["total_timesteps"], state["iteration"]
+        if type(done) is not int or not 0 <= done <= before // args.batch_size or math.isnan(sum(state["recent"])):
             raise ValueError("numbers that cannot be")
-        longer = state["iteration"] < args.num_iterations and args.total_timesteps != saved["flags"]["total_timesteps"]
-        if longer and args.rank == 0:
-            say(f"the run is now {args.total_timesteps:,} steps long, and the annealing follows")
+        longer = f"the run is now {args.total_timesteps:,} steps long, and the annealing follows"
+        complete = f"{args.resume} is complete; a larger --total-timesteps goes on, --evaluate plays its agent"
+        if args.rank == 0 and (done >= args.num_iterations or args.total_timesteps != before):
+            say(complete if done >= args.num_iterations else longer)
 
 
 def full_games(
-    args: Args, agent: Agent | None, num_games: int, stop: StopRequest | None = None,
-    film: list | None = None, mode: str | None = None,
-) -> list[tuple[float, int]]:  # fmt: skip
-    """Plays full games side by side, through all lives; agent=None plays at random. Returns (score, length) of each.
-    The stack is that of training: an agent for whom FIRE was pressed has never learned to press it. film collects
-    (screen, observation) of the first game's first 5 minutes. Once a stop is requested, returns what has ended."""
+    args: Args, agent: Agent | None, num_games: int, stop: Any = None, film: list | None = None, mode: str | None = None
+) -> list[tuple[float, int]]:
+    """Plays full games side by side, through all lives, and returns (score, length) of each; once the StopRequest has a
+    signal, of those that have ended. agent=None plays at random. The stack is that of training: an agent for whom FIRE
+    was pressed has never learned to press it. The list `film` gets (screen, observation) of the first 5 minutes."""
     generators = [np.random.default_rng([args.seed, 2**31, i]) for i in range(num_games)]
     envs, obs, results = [], [], {}
     while len(envs) < num_games and not (stop and stop.signum):
@@ -1466,15 +1389,18 @@ def full_games(
         if agent is None:
             actions = (uniform * envs[0].action_space.n).long().clamp_(max=envs[0].action_space.n - 1)
         else:
-            batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
             with torch.inference_mode():
+                batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
                 actions = agent.get_action_and_value(batch, uniform=uniform)["action"]
         for i, action in zip(playing, actions.tolist()):
             obs[i], _, terminated, truncated, info = envs[i].step(action)
             if film is not None and i == 0 and len(film) < 5 * 60 * 60 / args.frame_skip:
                 film.append((envs[0].unwrapped.ale.getScreenRGB(), obs[0]))
             if (terminated or truncated) and "episode" not in info:  # a lost life
+                played = envs[i].get_wrapper_attr("episode_lengths")
                 obs[i], info = envs[i].reset()
+                if "episode" not in info and envs[i].get_wrapper_attr("episode_lengths") < played:
+                    raise RunError("a wrapper above RecordEpisodeStatistics ends games unseen: put it beneath")
             if "episode" in info:
                 results[i] = (float(info["episode"]["r"]), int(info["episode"]["l"]))
     for env in envs:
@@ -1482,15 +1408,13 @@ def full_games(
     return [results[i] for i in sorted(results)]
 
 
-def score_agent(args: Args, agent: Agent, step: int, run: RunDirectory, stop: StopRequest) -> None:
+def score_agent(args: Args, agent: Agent, step: int, run: RunDirectory | Nothing, stop: StopRequest) -> None:
     """Plays --eval-episodes games on rank 0, prints and logs their scores beside a random policy's, writes eval.json. A
     stop that is requested meanwhile ends it at once, without a result."""
-    if args.rank or not args.eval_episodes:
-        return
     film = [] if args.capture_video else None
-    games = full_games(args, agent, args.eval_episodes, stop, film)
-    random_games = full_games(args, None, args.eval_episodes, stop)
-    if stop.signum:
+    num_games = 0 if args.rank else args.eval_episodes
+    games, random_games = (full_games(args, player, num_games, stop, f) for player, f in ((agent, film), (None, None)))
+    if stop.signum or not games:
         return
     (scores, lengths), (random_scores, _) = zip(*games), zip(*random_games)
     mean, std, random_mean = float(np.mean(scores)), float(np.std(scores)), float(np.mean(random_scores))
@@ -1528,17 +1452,15 @@ def train(args: Args) -> int:
         join_processes(args, device, stack)
         stack.callback((run := open_run(args)).close)
         state = {  # all that changes during training: a checkpoint holds it. Change it in place, or as state[name]
-            "weights": agent, "optimizer": learner.optimizer, "knobs": learner.knobs, "iteration": 0,
+            "weights": agent, "optimizer": learner.optimizer, "knobs": dict(learner.knobs), "iteration": 0,
             "recent": deque(maxlen=100), "shuffler": shuffler, "generator": torch.default_generator,
             "environments": workers, "obs": storage["obs"][-1], "done": storage["done"][-1],
         }  # fmt: skip
         if args.resume:
             load(state, args)
-        if state["iteration"] >= args.num_iterations:
-            if args.rank == 0:
-                say(f"{args.resume} is complete; a larger --total-timesteps goes on, --evaluate plays its agent")
-            return 0
         step = state["iteration"] * args.batch_size
+        if state["iteration"] >= args.num_iterations:
+            return 0
         run.begin(args, device, agent.dtype, step)
         if not args.resume:
             run.describe(args.flags, screen, first_obs)
@@ -1553,7 +1475,7 @@ def train(args: Args) -> int:
             anneal(learner.knobs, args, iteration)
 
             # ROLLOUT
-            copy_state(agent, actor)
+            actor.load_state_dict(agent.state_dict())
             games, seconds = workers.rollout()
             rolled_out = time.perf_counter()
 
@@ -1571,7 +1493,9 @@ def train(args: Args) -> int:
                     break
 
             # LOGGING
-            scalars = {f"losses/{name}": mean for name, mean in means(stats).items()}
+            scalars = {
+                f"losses/{name}": float(all_mean(torch.stack([s[name] for s in stats]).mean())) for name in stats[0]
+            }
             if not math.isfinite(scalars["losses/grad_norm"]):
                 raise RunError(f"iteration {iteration}: the loss or its gradient is not finite; {run.kept}")
             scalars["losses/explained_variance"] = explained_variance(values[:-1], returns)
@@ -1589,20 +1513,17 @@ def train(args: Args) -> int:
             run.log(points + [(tag, value, step) for tag, value in scalars.items()], state["recent"], step)
 
             # NOW AND THEN
-            if args.eval_interval and step % args.eval_interval < args.batch_size and iteration < args.num_iterations:
-                copy_state(agent, actor)
+            last = iteration == args.num_iterations
+            if args.eval_interval and step % args.eval_interval < args.batch_size and not last:
+                actor.load_state_dict(agent.state_dict())
                 score_agent(args, actor, step, run, stop)
-            if (
-                args.checkpoint_interval
-                and iteration % args.checkpoint_interval == 0
-                and iteration < args.num_iterations
-            ):
+            if args.checkpoint_interval and iteration % args.checkpoint_interval == 0 and not last:
                 save(run, state, args, step)
 
         save(run, state, args, step)
         if not stop.agreed():
             stop.doing = "stopping the evaluation"
-            copy_state(agent, actor)
+            actor.load_state_dict(agent.state_dict())
             score_agent(args, actor, step, run, stop)
         written = run.farewell(step, stop.signum) is not False  # None above rank 0
         return 1 if not written else 128 + stop.signum if stop.signum else 0
@@ -1615,15 +1536,14 @@ def evaluate(args: Args) -> int:
     content = load_file(path, "flags")
     args = parse_args(args.argv, content["flags"], str(path))
     env, folder, step, run = make_env(args), Path(args.output or path.parent), content.get("step", 0), Nothing()
-    with must_fit(f"the weights in {path} do not fit {args.env_id} and these flags"):
-        with torch.device("meta"):  # the shapes alone, before anything large is allocated
-            shapes = {name: tensor.shape for name, tensor in make_agent(args, env).state_dict().items()}
-        if (
-            {name: tensor.shape for name, tensor in content["weights"].items()} != shapes
-            or type(step) is not int
-            or not 0 <= step < 2**53
-        ):
-            raise ValueError("other shapes")
+    with refusing(f"the weights in {path} do not fit {args.env_id} and these flags"):
+        agents = [None, None]
+        with suppress(Exception), torch.device("meta"):  # the shapes alone, before anything large is allocated
+            agents[0] = make_agent(args, env)
+        if agents[0]:
+            agents[0].load_state_dict(content["weights"], assign=True)
+        if type(step) is not int or not 0 <= step < 2**53:
+            raise ValueError("no such step")
         agent = make_agent(args, env)
         agent.load_state_dict(content["weights"])
     agent = inference_copy(agent, choose_dtype(args, torch.device("cpu")))
@@ -1636,24 +1556,17 @@ def evaluate(args: Args) -> int:
     except (OSError, UsageError) as error:
         say(f"ppo_atari.py: {error}; the scores are shown here alone", sys.stderr)
     with closing(StopRequest("stopping the evaluation")) as stop, closing(run):
-        if args.play:
-            print(
-                *(
-                    f"score {score:g} in {length} steps"
-                    for score, length in full_games(args, agent, 1, stop, None, "human")
-                )
-            )
-        else:
+        if not args.play:
             score_agent(args, agent, step, run, stop)
+        for score, length in full_games(args, agent, 1, stop, None, "human") if args.play else ():
+            print(f"score {score:g} in {length} steps")
         return 128 + stop.signum if stop.signum else int(bool(run.failing))
 
 
 def play(args: Args) -> int:
     """--play: a person plays the game in a window, at its real speed."""
-    try:
+    with refusing("--play needs pygame: pip install pygame", (ImportError, gym.error.DependencyNotInstalled)):
         from gymnasium.utils.play import play as play_in_window
-    except (ImportError, gym.error.DependencyNotInstalled):
-        raise UsageError("--play needs pygame: pip install pygame") from None
     env = gym.make(args.env_id, frameskip=1, render_mode="rgb_array")
     meanings = env.unwrapped.get_action_meanings()
     for keys, action in env.unwrapped.get_keys_to_action().items():
@@ -1668,9 +1581,8 @@ def play(args: Args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the program that the flags ask for and returns its exit code: 0, 1, 2, 130 or 143."""
     args = parse_args(argv)
-    program = evaluate if args.evaluate else play if args.play else train
     try:
-        return program(args)
+        return (evaluate if args.evaluate else play if args.play else train)(args)
     except UsageError as error:
         code, text = 2, f"error: {' '.join(str(error).split())}"
     except KeyboardInterrupt:

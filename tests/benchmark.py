@@ -46,7 +46,7 @@ ENVIRONMENTS = f"""{IMPORT}
 import numpy as np
 n = int(sys.argv[1])
 args = p.parse_args(["--env-id", "{GAME}"])
-envs = p.SyncVectorEnv([lambda: p.make_env(args)] * n, copy=False, autoreset_mode="SameStep")
+envs = p.gym.vector.SyncVectorEnv([lambda: p.make_env(args)] * n, copy=False, autoreset_mode="SameStep")
 envs.reset(seed=1)
 actions = np.random.default_rng(1).integers(0, 4, (1500, n))
 print("ready", flush=True)

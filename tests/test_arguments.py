@@ -1,5 +1,7 @@
 """Section 1: flags, their checks, and the pins and marks that the file promises."""
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -183,3 +185,22 @@ def test_readme_names_every_flag_that_exists_and_no_other():
         others |= {f"--{name}" for name in re.findall(r'^\+ +flag\("([a-z-]+)"', path.read_text(), re.MULTILINE)}
     assert flags <= named, flags - named
     assert named <= flags | others, named - flags - others
+
+
+def test_flag_behind_the_last_one_describes_the_run(tmp_path, capfd):
+    """Where a user would put it: --evaluate takes it from the run, and --resume refuses another value."""
+    lines = Path(ppo_atari.__file__).read_text().split("\n")
+    last = max(i for i, line in enumerate(lines) if line.startswith("    flag("))
+    copy = tmp_path / "mine.py"
+    copy.write_text("\n".join([*lines[: last + 1], '    flag("hidden", 3, count, "units")', *lines[last + 1 :]]))
+    spec = importlib.util.spec_from_file_location("mine", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    args = module.parse_args(["--hidden", "5"])
+    assert args.identity["hidden"] == 5
+    assert module.parse_args(["--evaluate", "x"], args.flags).hidden == 5
+    (tmp_path / "args.json").write_text(json.dumps({"flags": args.flags}))
+    assert module.parse_args(["--resume", str(tmp_path)]).hidden == 5
+    with pytest.raises(SystemExit):
+        module.parse_args(["--resume", str(tmp_path), "--hidden", "6"])
+    assert "--hidden" in capfd.readouterr().err

@@ -154,14 +154,13 @@ def test_explained_variance_is_that_of_all_data(pair):
     assert max(abs(value - mean) for value, mean in zip(logged, means)) > 1e-4, "the two could not be told apart"
 
 
-def test_checkpoint_holds_what_differs_for_each_rank_and_the_rest_once(pair):
-    """Each rank has its own games and its own shuffler; weights and optimizer are the same and lie there once."""
-    saved = torch.load(pair / "checkpoint.pt", weights_only=True)
-    first, second = saved["ranks"]
-    assert first.keys() == second.keys() >= {"shuffler", "generator", "environments", "obs"}
-    assert not first.keys() & saved.keys()
-    assert {"weights", "optimizer", "iteration", "recent", "knobs", "flags"} <= saved.keys()
-    assert all(differences(first[name], second[name]) for name in first)
+def test_checkpoint_holds_the_state_of_each_rank(pair):
+    """Each rank has its own games and its own shuffler; what trains is the same in both."""
+    first = torch.load(pair / "checkpoint.pt", weights_only=True)
+    (second,) = first["ranks"]
+    assert second.keys() == first.keys() - {"flags", "step", "ranks"}
+    different = {name for name in second if differences(first[name], second[name])}
+    assert different - {"done"} == {"shuffler", "generator", "environments", "obs"}
     assert len(first["environments"]) == len(second["environments"]) == ENVS // 2
 
 

@@ -2,7 +2,7 @@
 
 import io
 import multiprocessing
-from collections import deque
+from collections import deque, namedtuple
 from types import SimpleNamespace
 
 import ale_py
@@ -165,7 +165,7 @@ def test_lives_that_show_0_before_the_end_are_not_lost():
 
 def test_the_noop_after_a_lost_life_can_end_the_game():
     game = ScriptedGame([(1, 3, False), (5, 2, False), (7, 0, True), (0, 3, False)])
-    env = p.EpisodicLifeEnv(p.RecordEpisodeStatistics(game))
+    env = p.EpisodicLifeEnv(gym.wrappers.RecordEpisodeStatistics(game))
     env.reset(seed=1)
     assert not env.step(0)[2] and env.step(0)[2]
     obs, info = env.reset()
@@ -188,7 +188,7 @@ def wrappers(env):
 
 def test_the_order_of_the_wrappers_is_baselines():
     order = [p.FrameStack, p.ClipRewardEnv, p.WarpFrame, p.FireResetEnv, p.EpisodicLifeEnv]
-    order += [p.RecordEpisodeStatistics, p.MaxAndSkipEnv, p.NoopResetEnv]
+    order += [gym.wrappers.RecordEpisodeStatistics, p.MaxAndSkipEnv, p.NoopResetEnv]
     types = [type(wrapper) for wrapper in wrappers(make_env(args_for("ALE/Breakout-v5")))]
     assert [kind for kind in types if kind in order] == order
 
@@ -497,7 +497,17 @@ class Opaque:
     """Nothing that a checkpoint knows."""
 
 
-REFUSED = [Opaque(), {1, 2}, {"a": [Opaque()]}, deque([print]), np.array([Opaque()]), np.array(["text"]), Opaque]
+Point = namedtuple("Point", "x y")
+REFUSED = [
+    Opaque(),
+    Point(1, 2),
+    {1, 2},
+    {"a": [Opaque()]},
+    deque([print]),
+    np.array([Opaque()]),
+    np.array(["text"]),
+    Opaque,
+]
 
 
 @pytest.mark.parametrize("value", REFUSED, ids=lambda value: type(value).__name__)
@@ -536,6 +546,8 @@ KEPT = {
     "a tensor": (torch.zeros(2), torch.tensor([1.5, 2])),
     "tensors": ({"a": torch.zeros(1)}, {"a": torch.ones(1), "b": torch.ones(2, 0, dtype=torch.bfloat16)}),
     "a list of tensors": ([], [torch.ones(2), [torch.arange(3)]]),
+    "a list that held the same twice": ([np.zeros(2)] * 2, [np.ones(2), np.full(2, 2.0)]),
+    "a number where an array without a dimension was": (np.zeros(()), np.float64(1.5)),
 }
 
 

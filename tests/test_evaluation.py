@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import ale_py
 import cv2
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -174,6 +175,33 @@ def test_foreign_agent_is_refused(what, run, capfd):
     assert path.name in refusal(capfd, "--evaluate", run)
     assert path.name in refusal(capfd, "--evaluate", path)
     assert not (run / "eval.json").exists()
+
+
+def test_network_that_reads_numbers_as_it_is_made(tmp_path, monkeypatch, capfd):
+    """From NumPy, and from a tensor: --evaluate, which first looks at the shapes alone, plays it as training did."""
+    monkeypatch.chdir(tmp_path)
+    make = ppo_atari.make_agent
+
+    def reading(*args, **kwargs):
+        agent = make(*args, **kwargs)
+        agent.register_buffer("mean", torch.from_numpy(np.ones(2)) * float(agent.actor.bias.sum().item() + 1))
+        return agent
+
+    monkeypatch.setattr(ppo_atari, "make_agent", reading)
+    assert ppo_atari.main([*TRAIN, "--eval-episodes", "1"]) == 0
+    run = run_directory(tmp_path)
+    expected = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").unlink()
+    assert here(capfd, "--evaluate", run, "--eval-episodes", 1)[0] == 0
+    assert json.loads((run / "eval.json").read_text()) == expected
+
+
+def test_games_that_end_unseen_are_refused(monkeypatch, run, capfd):
+    """A time limit above the statistics: no game would ever be over, and the evaluation never end."""
+    make = ppo_atari.make_env
+    monkeypatch.setattr(ppo_atari, "make_env", lambda *args, **kwargs: gym.wrappers.TimeLimit(make(*args, **kwargs), 9))
+    code, _, error = here(capfd, "--evaluate", run, "--eval-episodes", 1, "--no-episodic-life")
+    assert code == 1 and own_lines(error).count("\n") == 1 and "RecordEpisodeStatistics" in error
 
 
 def evaluated(capfd, run: Path, *flags) -> tuple[str, str]:

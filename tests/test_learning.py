@@ -45,7 +45,7 @@ def learn(sign: float, n: int = 8, rank: int = 0, iterations: int = 40, num_step
     flags = ["--num-envs", str(n * world_size), "--num-steps", str(num_steps), "--frame-size", "36"]
     flags += ["--num-workers", "0", "--inference-batch", str(n), "--ent-coef", "0.001", "--learning-rate", "0.001"]
     args = p.parse_args([*flags, "--precision", "float32"])
-    envs = p.SyncVectorEnv([Block] * n, copy=False, autoreset_mode=p.AutoresetMode.SAME_STEP)
+    envs = gym.vector.SyncVectorEnv([Block] * n, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     torch.manual_seed(1)
     agent, storage = p.make_agent(args, envs.envs[0]), p.allocate(args, envs.envs[0])
     actor = p.inference_copy(agent, torch.float32)
@@ -55,7 +55,7 @@ def learn(sign: float, n: int = 8, rank: int = 0, iterations: int = 40, num_step
     storage["done"][-1] = 1
     earned = []
     for _ in range(iterations):
-        p.copy_state(agent, actor)
+        actor.load_state_dict(agent.state_dict())
         p.rollout(agent=actor, envs=envs, storage=storage, generators=generators, args=args)
         rewards, values, dones = storage["reward"][:-1], storage["value"], storage["done"]
         advantages, returns = p.compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)

@@ -173,7 +173,7 @@ def test_a_rollout_is_valued_by_what_the_next_one_starts_with(tmp_path, monkeypa
     """While the acting copy stays the same, the value behind the last step is that of the next rollout's first step."""
     monkeypatch.chdir(tmp_path)
     calls = []
-    monkeypatch.setattr(p, "copy_state", lambda *args, **kwargs: None)
+    monkeypatch.setattr(p.Agent, "load_state_dict", lambda *args, **kwargs: None)
     watch(p, "compute_gae", before=lambda given: calls.append((given["values"].clone(), given["dones"].clone())))
     flags = [*FLAGS, "--num-steps", "2", "--num-minibatches", "1", "--update-epochs", "1"]
     assert p.main([*flags, "--total-timesteps", "640"]) == 0
@@ -343,6 +343,23 @@ def test_a_field_that_nobody_fills_is_named(workers, tmp_path, monkeypatch, capf
     )
     code, _, error = here(capfd, *FLAGS, "--num-workers", workers, "--total-timesteps", 32)
     assert code == 1 and error.count("\n") == 1 and "'novelty'" in error
+
+
+def test_a_field_that_is_filled_in_some_steps_only_is_named(tmp_path, monkeypatch, capfd):
+    """With its step: zeros, or what the rollout before left there, would be learned from."""
+    monkeypatch.chdir(tmp_path)
+    fields, act, calls = p.rollout_fields, p.act, []
+
+    def forgetful(*args, **kwargs):
+        calls.append(1)
+        return act(*args, **kwargs) | ({} if len(calls) == 3 else {"novelty": torch.ones(2)})
+
+    monkeypatch.setattr(
+        p, "rollout_fields", lambda *args, **kwargs: fields(*args, **kwargs) | {"novelty": (torch.float32, ())}
+    )
+    monkeypatch.setattr(p, "act", forgetful)
+    code, _, error = here(capfd, *FLAGS, "--num-workers", 0, "--total-timesteps", 32)
+    assert code == 1 and error.count("\n") == 1 and "'novelty'" in error and "step 2" in error
     assert not multiprocessing.active_children()
 
 
@@ -422,6 +439,15 @@ def test_a_rate_is_changed_by_its_knob_alone():
     one.optimizer.param_groups[0]["lr"] = 1.0
     with pytest.raises((AttributeError, TypeError, RuntimeError)):
         one.update(other)
+
+
+def test_a_knob_is_filled_and_not_replaced():
+    """A new number under its name would be seen by some and not by others: by no graph, and by no checkpoint."""
+    one = learner()
+    with pytest.raises(TypeError, match="item assignment"):
+        one.knobs["ent_coef"] = 0.5
+    one.knobs["ent_coef"].fill_(0.5)
+    assert float(one.knobs["ent_coef"]) == 0.5
 
 
 class PretendedGraph(TorchDispatchMode):
@@ -568,7 +594,9 @@ class TwoEnds(gym.Env):
 def two_ends(num_steps, prepare=lambda agent: None):
     """A rollout in both kinds of TwoEnds, with a discount of 0.9. Returns the agent and what is stored."""
     args = p.parse_args([*FLAGS, "--num-steps", str(num_steps), "--gamma", "0.9", "--inference-batch", "2"])
-    envs = p.SyncVectorEnv([lambda: TwoEnds(False), lambda: TwoEnds(True)], autoreset_mode=p.AutoresetMode.SAME_STEP)
+    envs = gym.vector.SyncVectorEnv(
+        [lambda: TwoEnds(False), lambda: TwoEnds(True)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
+    )
     agent, storage = p.make_agent(args, envs.envs[0]).eval(), p.allocate(args, envs.envs[0])
     prepare(agent)
     storage["obs"][-1] = torch.from_numpy(envs.reset()[0])
@@ -600,7 +628,8 @@ def test_truncation_is_bootstrapped_and_termination_is_not():
     torch.manual_seed(4)
     agent, storage = two_ends(4)
     with torch.no_grad():
-        black, white = agent.get_value(torch.stack([torch.full((4, 36, 36), v, dtype=torch.uint8) for v in (0, 255)]))
+        ends = torch.stack([torch.full((4, 36, 36), pixel, dtype=torch.uint8) for pixel in (0, 255)])
+        black, white = agent.get_action_and_value(ends)["value"]
     assert abs(white - black) > 0.01
     torch.testing.assert_close(storage["reward"][:-1], torch.tensor([[0, 0], [0, 0], [0, 0.9 * white], [0, 0]]))
     assert storage["done"].tolist() == [[1, 1], [0, 0], [0, 0], [1, 1], [0, 0]]
