@@ -1088,10 +1088,8 @@ class RunDirectory:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.close()
-        if self.writer:
-            self.attempt("TensorBoard events", self.writer.close)
+        for part in filter(None, (self.bar, self.writer)):
+            self.attempt("TensorBoard events", part.close)
         os.close(self.lock)
 
     def begin(self, args: Args, device: torch.device, dtype: torch.dtype, step: int) -> None:
@@ -1350,11 +1348,9 @@ def save(run: RunDirectory | Nothing, state: dict[str, Any], args: Args, step: i
     run.save({"weights": ranks[0]["weights"], "flags": args.flags, "step": step}, ranks)
 
 
-def load(state: dict[str, Any], args: Args) -> None:
+def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
     """Restores in place, from the checkpoint of --resume, what save() wrote. Raises UsageError if it does not fit."""
-    path = Path(args.resume, "checkpoint.pt")
-    saved = load_file(path, "ranks", "flags")
-    with refusing(f"--resume: {path} is not of the run in args.json"):
+    with refusing(f"--resume: {args.resume}/checkpoint.pt is not of the run in args.json"):
         if 1 + len(saved["ranks"]) != args.world_size:
             refuse(f"--resume: that run has {1 + len(saved['ranks'])} processes, not {args.world_size}")
         if other := [name for name, value in args.identity.items() if saved["flags"].get(name, value) != value]:
@@ -1434,6 +1430,7 @@ def score_agent(args: Args, agent: Agent, step: int, run: RunDirectory | Nothing
 def train(args: Args) -> int:
     """Trains. Returns the exit code: 0; 1 if a file could not be written; 130 or 143 if a signal ended it early."""
     # SETUP, in this order: threads, and so CUDA, TensorBoard and the process group, do not survive the workers' fork
+    saved = load_file(Path(args.resume, "checkpoint.pt"), "ranks", "flags") if args.resume else {}
     torch.manual_seed(args.seed)  # the same weights in every process
     env = make_env(args, "rgb_array")
     (first_obs, _), screen = env.reset(seed=args.seed), env.render()
@@ -1457,7 +1454,8 @@ def train(args: Args) -> int:
             "environments": workers, "obs": storage["obs"][-1], "done": storage["done"][-1],
         }  # fmt: skip
         if args.resume:
-            load(state, args)
+            load(state, saved, args)
+        pack(state)  # refuses now, and not after hours, what a checkpoint cannot hold
         step = state["iteration"] * args.batch_size
         if state["iteration"] >= args.num_iterations:
             return 0
@@ -1537,11 +1535,11 @@ def evaluate(args: Args) -> int:
     args = parse_args(args.argv, content["flags"], str(path))
     env, folder, step, run = make_env(args), Path(args.output or path.parent), content.get("step", 0), Nothing()
     with refusing(f"the weights in {path} do not fit {args.env_id} and these flags"):
-        agents = [None, None]
+        agent = None
         with suppress(Exception), torch.device("meta"):  # the shapes alone, before anything large is allocated
-            agents[0] = make_agent(args, env)
-        if agents[0]:
-            agents[0].load_state_dict(content["weights"], assign=True)
+            agent = make_agent(args, env)
+        if agent is not None:
+            agent.load_state_dict(content["weights"], assign=True)
         if type(step) is not int or not 0 <= step < 2**53:
             raise ValueError("no such step")
         agent = make_agent(args, env)

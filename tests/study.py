@@ -464,6 +464,7 @@ def main(argv: list[str] | None = None) -> int:
     flag("--metric", choices=("evaluation", "return", "area"), default="evaluation", help="what the table compares")
     flag("--picture", metavar="FILE", help="draw the differences, too")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     results = options.results if options.table in (None, True) else options.table
     try:
         failed = False

@@ -35,6 +35,25 @@ def trained(tmp_path_factory):
         return run_directory(Path.cwd())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tracked(tmp_path_factory):
+    """A run with --track and where it was started: first of all, as Weights & Biases takes its time."""
+    cwd = tmp_path_factory.mktemp("tracked")
+    flags = ("--eval-episodes", 0, "--track", "--wandb-project-name", "a-test", "--wandb-name", "its-name")
+    process = start(*TRAIN, *flags, cwd=cwd, WANDB_MODE="offline", WANDB_DIR=str(cwd))
+    yield process, cwd
+    process.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def watched(trained, tmp_path_factory):
+    """A game in a window at its real speed, and where it was started: first of all, as it takes half a minute."""
+    cwd = tmp_path_factory.mktemp("watched")
+    process = start("--play", "--evaluate", trained, cwd=cwd, SDL_VIDEODRIVER="dummy", SDL_AUDIODRIVER="dummy")
+    yield process, cwd
+    process.kill()
+
+
 @pytest.fixture
 def run(trained, tmp_path):
     """A copy to write into."""
@@ -302,13 +321,12 @@ def test_tracking_without_wandb(tmp_path, capfd, monkeypatch):
     assert "pip install wandb" in refusal(capfd, *TRAIN, "--eval-episodes", 0, "--track")
 
 
-def test_tracking_offline(tmp_path):
+def test_tracking_offline(tracked):
     """Writes a Weights & Biases run without a network."""
     pytest.importorskip("wandb")
-    flags = ("--eval-episodes", 0, "--track", "--wandb-project-name", "a-test", "--wandb-name", "its-name")
-    process = start(*TRAIN, *flags, cwd=tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
-    assert finish(process) == 0, (tmp_path / "log").read_text()
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    process, cwd = tracked
+    assert finish(process) == 0, (cwd / "log").read_text()
+    (file,) = cwd.glob("wandb/offline-run-*/*.wandb")
     recorded = file.read_bytes()
     for word in (b"a-test", b"its-name", b"losses/value_loss"):
         assert word in recorded
@@ -366,9 +384,9 @@ def test_playing_with_scripted_keys(tmp_path):
     assert acted.count(fire) == 20 and acted.count(right) > 20 and acted.index(fire) < acted.index(right)
 
 
-def test_watching_the_agent(run, tmp_path):
+def test_watching_the_agent(watched):
     """--play with --evaluate shows a game in a window (here a pretended one) and tells its score."""
     pytest.importorskip("pygame")
-    process = start("--play", "--evaluate", run, cwd=tmp_path, SDL_VIDEODRIVER="dummy", SDL_AUDIODRIVER="dummy")
-    assert finish(process) == 0, (tmp_path / "log").read_text()
-    assert "score" in (tmp_path / "log").read_text()
+    process, cwd = watched
+    assert finish(process) == 0, (cwd / "log").read_text()
+    assert "score" in (cwd / "log").read_text()

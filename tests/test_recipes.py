@@ -82,7 +82,7 @@ def test_without_its_flag_nothing_changes(recipe, plain, tmp_path, monkeypatch):
 def test_interrupted_resumed_and_evaluated(recipe, plain, tmp_path, monkeypatch):
     """All with the same weights in the end; --evaluate plays the very games of the training's own last evaluation."""
     name, module = recipe
-    whole = train(module, tmp_path / "whole", monkeypatch, *RECIPES[name], "--num-workers", "2", "--eval-episodes", "2")
+    whole = train(module, tmp_path / "whole", monkeypatch, *RECIPES[name], "--num-workers", "2", "--eval-episodes", "1")
     assert not same_weights(weights(whole), plain)
     assert all(tensor.isfinite().all() for tensor in weights(whole).values())
 
@@ -101,7 +101,7 @@ def test_interrupted_resumed_and_evaluated(recipe, plain, tmp_path, monkeypatch)
     assert same_weights(weights(cut), weights(whole))
 
     output = tmp_path / "output"
-    assert module.main(["--evaluate", str(whole), "--eval-episodes", "2", "--output", str(output)]) == 0
+    assert module.main(["--evaluate", str(whole), "--eval-episodes", "1", "--output", str(output)]) == 0
     trained, evaluated = (json.loads((path / "eval.json").read_text()) for path in (whole, output))
     assert trained == evaluated
     with pytest.raises(SystemExit) as refused:  # the script without the recipe does not know the flag
@@ -122,11 +122,11 @@ def test_two_processes_learn_with_rnd(tmp_path):
     runs = []
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-        steps = ["--total-timesteps", "320" if name == "whole" else "192"]
+        steps = ["--total-timesteps", "192" if name == "whole" else "128"]
         flags = [*FLAGS, *steps, "--rnd", "--no-anneal-lr", "--num-workers", "0", "--eval-episodes", "0"]
         assert finish(start(*flags, cwd=tmp_path / name, program=torchrun)) == 0, (tmp_path / name / "log").read_text()
         runs.append(run_directory(tmp_path / name))
-    flags = ["--resume", runs[1], "--total-timesteps", "320"]
+    flags = ["--resume", runs[1], "--total-timesteps", "192"]
     assert finish(start(*flags, cwd=tmp_path, program=torchrun)) == 0, (tmp_path / "log").read_text()
     assert same_weights(weights(runs[0]), weights(runs[1]))
     kept = torch.load(runs[0] / "checkpoint.pt", weights_only=True)

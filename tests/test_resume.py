@@ -1,5 +1,6 @@
 """Nothing is lost: exact resume, clean interruption, safe files."""
 
+import importlib.util
 import os
 import pickle
 import random
@@ -34,9 +35,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_atari
 
-BATCH, ITERATIONS = 16 * 8, 20
-FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-steps", "16", "--update-epochs", "1", "--eval-episodes", "0",
-         "--frame-size", "44"]  # fmt: skip
+BATCH, ITERATIONS = 32 * 4, 14
+FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-envs", "4", "--num-steps", "32", "--update-epochs", "1",
+         "--eval-episodes", "0", "--frame-size", "44"]  # fmt: skip
 RUN = [*FLAGS, "--total-timesteps", str(BATCH * ITERATIONS), "--checkpoint-interval", "1"]
 TINY = ["--env-id", "ALE/Breakout-v5", "--num-envs", "2", "--num-steps", "8", "--frame-size", "36",
         "--num-workers", "0", "--eval-episodes", "0", "--checkpoint-interval", "1", "--total-timesteps"]  # fmt: skip
@@ -94,14 +95,14 @@ def test_curves_of_an_uninterrupted_run(whole):
     assert min(changes) > 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_ten_moments(workers, whole, tmp_path):
+@pytest.mark.parametrize(("workers", "moments"), [(0, 2), (2, 6)])
+def test_killed_again_and_again(workers, moments, whole, tmp_path):
     """kill -9 while it starts, plays, learns or writes: the resumed run ends as if nothing had been."""
     rng = random.Random(workers)
     logged = EventAccumulator(str(whole), size_guidance={"scalars": 0}).Reload().Scalars("losses/value_loss")
     period = (logged[-1].wall_time - logged[0].wall_time) / (len(logged) - 1)
     argv, sessions = [*RUN, "--num-workers", workers], []
-    for i in range(10):
+    for i in range(moments):
         process = fork(*argv, cwd=tmp_path)
         sessions.append(process.pid)
         if i % 3 == 1:  # while it starts, mostly
@@ -303,3 +304,20 @@ def test_loss_that_is_not_finite(iteration, tmp_path, capfd, monkeypatch):
         assert checkpoint(run)["iteration"] == 2
         assert all(tensor.isfinite().all() for tensor in weights(run).values())
         assert here(capfd, "--resume", run)[0] == 0
+
+
+def test_state_that_no_checkpoint_could_hold(tmp_path, monkeypatch, capfd):
+    """What a user adds to `state` is refused when the run starts, not when its first checkpoint is due."""
+    monkeypatch.chdir(tmp_path)
+    place = '"recent": deque(maxlen=100),'
+    source = Path(ppo_atari.__file__).read_text()
+    assert source.count(place) == 1
+    copy = tmp_path / "mine.py"
+    copy.write_text(source.replace(place, place + ' "mine": {1, 2},'))
+    spec = importlib.util.spec_from_file_location("mine", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main([*TINY, "32"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "a set" in error
+    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
