@@ -178,7 +178,7 @@ def test_readme_names_every_flag_that_exists_and_no_other():
     flags = {"--" + name.replace("_", "-") for name in parse_args([]).flags}
     named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "README.md").read_text()))
     others = {"--logdir", "--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--help"}
-    others |= {"--flag", "--no-flag", "--shm-size"} | {flag.replace("--", "--no-", 1) for flag in flags}
+    others |= {"--flag", "--no-flag", "--shm-size", "--dist"} | {flag.replace("--", "--no-", 1) for flag in flags}
     for path in (ROOT / "tests").glob("*.py"):
         others |= set(re.findall(r'add_argument\("(--[a-z-]+)"', path.read_text()))
     for path in (ROOT / "tests").glob("recipes/*"):
