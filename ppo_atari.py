@@ -491,9 +491,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     if args.noop_max > 0:
         env = NoopResetEnv(env, args.noop_max)
     env = MaxAndSkipEnv(env, args.frame_skip)
-    env = gym.wrappers.RecordEpisodeStatistics(
-        env
-    )  # above the skip, beneath lives and clipping: the score that papers report
+    # Above the skip, beneath lives and clipping: the score that papers report.
+    env = gym.wrappers.RecordEpisodeStatistics(env)
     env.saved = ("episode_returns", "episode_lengths")
     if args.episodic_life:
         env = EpisodicLifeEnv(env)
@@ -785,6 +784,8 @@ class Workers:
         # However this process ends: they ignore the signal with which multiprocessing would end them at its exit.
         self.close = weakref.finalize(self, lambda processes: [(p.kill(), p.join()) for p in processes], self.processes)
         self.local = None if args.workers else Collector(args, agent, storage, *self.shares[0])
+        from torch import _dynamo  # noqa: F401  the optimizer imports it: now, forked workers share its memory, 75 MB
+
         context = torch.multiprocessing.get_context(args.start_method)
         for share in self.shares if args.workers else ():
             pipe, their_pipe = context.Pipe()
@@ -1491,9 +1492,8 @@ def train(args: Args) -> int:
                     break
 
             # LOGGING
-            scalars = {
-                f"losses/{name}": float(all_mean(torch.stack([s[name] for s in stats]).mean())) for name in stats[0]
-            }
+            means = {name: all_mean(torch.stack([stat[name] for stat in stats]).mean()) for name in stats[0]}
+            scalars = {f"losses/{name}": float(mean) for name, mean in means.items()}
             if not math.isfinite(scalars["losses/grad_norm"]):
                 raise RunError(f"iteration {iteration}: the loss or its gradient is not finite; {run.kept}")
             scalars["losses/explained_variance"] = explained_variance(values[:-1], returns)
