@@ -14,8 +14,7 @@
     torchrun --standalone --nproc-per-node=2 ppo_atari.py         several processes (README: several nodes)
 
 After "Proximal Policy Optimization Algorithms" (Schulman et al., 2017), with openai/baselines' hyperparameters, and
-"The 37 Implementation Details of PPO" (Huang et al., 2022), each marked where it happens: [core 1] to [core 13] and
-[atari 1] to [atari 9]. A step is one decision of the agent, which is four emulator frames.
+"The 37 Implementation Details of PPO" (Huang et al., 2022), each marked where it happens, [core 1] to [atari 9].
 
 Sections, each using only what stands above it, and the one place for each kind of change: 1 arguments: a flag, in
 parse_args. 2 environment: a wrapper, in make_env; what of it changes during a game, in its `saved`. 3 agent: a network,
@@ -73,7 +72,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 warnings.formatwarning = lambda message, *about: f"ppo_atari.py: {' '.join(str(message).split())}\n"  # one line each
-gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from every emulator
 cv2.setNumThreads(1)  # OpenCV's own threads would fight the workers for the cores
 with suppress(AttributeError, TypeError):  # glibc: keep freed memory, which costs thousands of page faults to get anew
@@ -81,7 +79,6 @@ with suppress(AttributeError, TypeError):  # glibc: keep freed memory, which cos
         ctypes.CDLL(None).mallopt(_option, _value)
 
 # ----------------------------------------------------------------------------------------------------- 1 arguments
-
 Args, Tensors = argparse.Namespace, dict[str, Tensor]
 
 
@@ -128,9 +125,8 @@ def between(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "") -> Args:
-    """The flags, checked, plus batch_size, minibatch_size and num_iterations. A mistake exits with code 2. saved: an
-    earlier run's flags, from the file `source` (--resume: its args.json). They pass the same checks and count where
-    argv says nothing, except those of the machine and of looking on; one that is missing has its default."""
+    """The flags, checked, and what derive adds. A mistake exits with code 2. saved: an earlier run's flags, from the
+    file `source` (--resume: args.json): they pass the same checks, and those of the run count where argv has none."""
     argv, free = sys.argv[1:] if argv is None else argv, {"total_timesteps"}
     count, natural, probability = between(int, 1, 2**20), between(int, 0, 2**53), between(float, 0, 1)
     positive, weight = between(float, 1e-37, 1e37), between(float, 0, 1e37)  # what float32 can hold
@@ -205,14 +201,12 @@ def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "
     try:
         given = vars(parser.parse_args(argv))
         if resume := bool(given["resume"]):
-            source, saved = str(Path(given["resume"], "args.json")), "damaged"
-            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-                saved = json.loads(Path(source).read_text())["flags"]
-        if not isinstance(saved, dict | None):
-            refuse(f"{source} is missing or damaged; give the directory of a run")
+            source = str(Path(given["resume"], "args.json"))
+        with refusing(f"{source} is missing or damaged; give the directory of a run"):
+            saved = dict(json.loads(Path(source).read_text())["flags"] if resume else saved or {})
         skipped = {"resume", "evaluate", "output", "play"} if resume else free - {"total_timesteps"}
         before = []  # as a user would type it
-        for name, value in (saved or {}).items():
+        for name, value in saved.items():
             if name not in given or (value is None and parser.get_default(name) is not None):
                 refuse(f"{source}: this script has no flag {name!r} with the value {value!r}")
             typed = name.replace("_", "-")
@@ -224,8 +218,7 @@ def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "
         for name in given if resume else ():
             old, new = getattr(earlier, name), getattr(args, name)
             if new < old if name == "total_timesteps" else new != old and name not in free:
-                typed = name.replace("_", "-")
-                refuse(f"--resume: --{typed} is {old} in that run and cannot become {new}; leave it out")
+                refuse(f"--resume: --{name.replace('_', '-')} is {old} in that run, not {new}; leave it out")
     except UsageError as error:
         parser.exit(2, f"ppo_atari.py: error: {' '.join(str(error).split())}\n")
     args.argv, args.flags = argv, {name: getattr(args, name) for name in given}
@@ -237,7 +230,13 @@ def derive(args: Args) -> None:
     """Fills in what follows from the flags and the machine, and checks what one flag alone cannot show."""
     for name, default in (("rank", 0), ("local_rank", 0), ("world_size", 1), ("local_world_size", 1)):  # torchrun's
         setattr(args, name, int(os.environ.get(name.upper(), default)))
-    check_env_id(args.env_id)
+    try:
+        spec = gym.spec(args.env_id)  # imports nothing
+    except (gym.error.Error, ImportError, ValueError):
+        games = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
+        near = difflib.get_close_matches(args.env_id[:50], games, n=3, cutoff=0.4) or games[:1]
+        refuse(f"--env-id {args.env_id[:50]!r} is unknown; did you mean {' or '.join(near)}?")
+    playable = spec.entry_point == "ale_py.env:AtariEnv" and not spec.kwargs.get("continuous")
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = args.total_timesteps // args.batch_size
@@ -245,6 +244,7 @@ def derive(args: Args) -> None:
     sizes, share = f"{args.num_envs} environments x {args.num_steps} steps", f"{args.world_size} processes"
     pieces, size = args.num_minibatches * args.world_size, args.frame_size
     for wrong, message in (
+        (not playable, f"--env-id {args.env_id} is not an Atari game, or has continuous actions"),
         (args.num_envs % args.world_size, f"--num-envs {args.num_envs} cannot be split evenly over {share}"),
         (args.batch_size % pieces, f"--num-minibatches {args.num_minibatches} does not divide {sizes} / {share}"),
         (args.norm_adv and args.batch_size < 2 * pieces, "a minibatch of one sample has no spread: --no-norm-adv"),
@@ -263,21 +263,7 @@ def derive(args: Args) -> None:
         args.inference_batch = math.ceil(args.local_envs / workers)
 
 
-def check_env_id(env_id: str) -> None:
-    """Raises UsageError unless the id is registered and is an Atari game with a finite set of actions."""
-    with suppress(gym.error.Error, ImportError, ValueError):
-        spec = gym.spec(env_id)  # imports nothing
-        if spec.entry_point == "ale_py.env:AtariEnv" and not spec.kwargs.get("continuous"):
-            return
-        refuse(f"--env-id {env_id} is not an Atari game with finitely many actions (no continuous actions)")
-    games = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
-    near = difflib.get_close_matches(env_id[:50], games, n=3, cutoff=0.4) or games[:1]
-    refuse(f"--env-id {env_id[:50]!r} is unknown; did you mean {' or '.join(near)}?")
-
-
 # --------------------------------------------------------------------------------------------------- 2 environment
-
-
 def pack(value: Any) -> Any:
     """A copy, for torch.load(weights_only=True), of numbers, text, tensors, NumPy's arrays and generators, torch's
     generators, whatever has a state_dict, and lists, tuples, deques and dictionaries. Of anything else, UsageError."""
@@ -302,11 +288,6 @@ def pack(value: Any) -> Any:
 
 def unpack(current: Any, kept: Any) -> Any:
     """What pack() kept, put back into `current` where that can be changed in place. An error of any kind: no fit."""
-
-    def kind(x: Any) -> tuple:  # all numbers are alike, of Python or of NumPy
-        number = isinstance(x, (int, float, np.generic)) or (isinstance(x, np.ndarray) and x.ndim == 0)
-        return () if number else (type(x), getattr(x, "dtype", None), getattr(x, "ndim", None))
-
     if isinstance(current, Tensor):
         return current.copy_(kept.view(current.dtype).view(current.shape))
     if isinstance(kept, dict) and kept.keys() == {"ndarray"}:
@@ -318,18 +299,20 @@ def unpack(current: Any, kept: Any) -> Any:
         names = [*kept, *(name for name, part in old.items() if isinstance(part, Tensor) and name not in kept)]
         kept = {name: unpack(old.get(name), kept[name]) for name in names}
     elif isinstance(kept, (list, tuple)):
-        old = itertools.chain(current if type(current) is type(kept) else (), itertools.repeat(None))
-        old = (None if isinstance(part, (Tensor, np.ndarray)) else part for part in old)  # it may stand there twice
-        kept = type(kept)(map(unpack, old, kept))
+        old = [*current] if type(current) is type(kept) else []
+        old = [None if isinstance(part, (Tensor, np.ndarray)) else part for part in old]  # it may stand there twice
+        kept = type(kept)(map(unpack, old + [None] * len(kept), kept))
+    numbers = [isinstance(x, (int, float, np.generic, np.ndarray)) and np.ndim(x) == 0 for x in (current, kept)]
+    kinds = [(type(x), getattr(x, "dtype", None), getattr(x, "ndim", None)) for x in (current, kept)]
     if hasattr(current, "load_state_dict"):
         current.load_state_dict(kept)
     elif isinstance(current, torch.Generator):
         current.set_state(kept)
     elif isinstance(current, np.random.Generator):
         current.bit_generator.state = kept
-    elif current is None or kept is None or kind(current) == kind(kept) == ():
+    elif current is None or kept is None or all(numbers):  # all numbers are alike, of Python or of NumPy
         return kept
-    elif kind(current) != kind(kept):
+    elif any(numbers) or kinds[0] != kinds[1]:
         raise TypeError(f"{type(kept).__name__} in place of {type(current).__name__}")
     elif isinstance(current, (dict, list, deque)):
         current.clear()
@@ -480,19 +463,16 @@ for _stateless in (NoopResetEnv, MaxAndSkipEnv, FireResetEnv, WarpFrame, ClipRew
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The full stack, in openai/baselines' order: every program here plays through it. Observations are uint8
     [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"} appears once per game, when it is really
-    over: return before clipping, length in steps, seconds. Raises UsageError for a bad env_id."""
-    check_env_id(args.env_id)
+    over: return before clipping, length in steps, seconds."""
     # frameskip=1, always: beneath MaxAndSkipEnv, the -v5 ids would skip 4 frames more and the -v4 ids 2 to 4.
     sticky = args.repeat_action_probability
     kwargs = {} if sticky is None else {"repeat_action_probability": sticky}
     kwargs |= {"full_action_space": args.full_action_space, "render_mode": render_mode}
-    env = gym.make(args.env_id, frameskip=1, disable_env_checker=True, **kwargs)
-    env.saved = ()  # gym.make's OrderEnforcing keeps nothing that a game depends on
+    env = gym.make(args.env_id, frameskip=1, disable_env_checker=True, **kwargs).unwrapped
     if args.noop_max > 0:
         env = NoopResetEnv(env, args.noop_max)
     env = MaxAndSkipEnv(env, args.frame_skip)
-    # Above the skip, beneath lives and clipping: the score that papers report.
-    env = gym.wrappers.RecordEpisodeStatistics(env)
+    env = gym.wrappers.RecordEpisodeStatistics(env)  # above the skip, beneath lives and clipping: as papers score
     env.saved = ("episode_returns", "episode_lengths")
     if args.episodic_life:
         env = EpisodicLifeEnv(env)
@@ -510,7 +490,7 @@ def saved_attributes(env: gym.Env) -> Iterator[tuple[gym.Env, str]]:
         declared = [vars(part)["saved"] for part in (env, *type(env).__mro__) if "saved" in vars(part)]
         names = dict.fromkeys(itertools.chain(*declared))
         if not declared or not all(hasattr(env, name) for name in names):
-            what = "`saved = ()`, or the names of its attributes that change during a game, for checkpoints to hold"
+            what = "`saved = ()`, or with the names of its attributes that change during a game"
             refuse(f"{type(env).__name__} needs {what}; on the class or, in make_env, on a stock wrapper's instance")
         yield from ((env, name) for name in names)
         env = env.env
@@ -524,9 +504,8 @@ def get_env_state(env: gym.Env) -> dict[str, Any]:
 
 
 def set_env_state(env: gym.Env, state: dict[str, Any]) -> None:
-    """The inverse of get_env_state, for an environment made with the same flags and reset once. Raises UsageError. The
-    emulator is native code that trusts these bytes: their length, less the digits of its generators, must be right, but
-    forged ones can do harm."""
+    """The inverse of get_env_state, for an environment of the same flags, reset once. Raises UsageError. The emulator
+    is native code that trusts these bytes: their length, less generators' digits, is checked; forged ones do harm."""
     ale, words = env.unwrapped.ale, re.compile(rb"(?:\d{1,10} ){624}\d{1,3}")
     with refusing("the games in the checkpoint do not fit"):
         mine, its = (words.subn(b"", x) for x in (get_env_state(env)["emulator"], state["emulator"]))
@@ -552,8 +531,6 @@ def forget_last_action(env: gym.Env) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- 3 agent
-
-
 def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 0.0) -> nn.Module:
     """[core 2] Orthogonal weights scaled by std and constant biases, in place."""
     nn.init.orthogonal_(layer.weight, std)
@@ -564,10 +541,8 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 
 class PixelConv2d(nn.Conv2d):
     """A first layer for pixels of 0 to 255. Scales its weights in place of every pixel, which comes to the same."""
 
-    scale = 1 / 255
-
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight.to(x.dtype) * self.scale, self.bias.to(x.dtype))
+        return self._conv_forward(x, self.weight.to(x.dtype) * (1 / 255), self.bias.to(x.dtype))
 
 
 class Flatten(nn.Module):
@@ -646,8 +621,6 @@ def inference_copy(agent: Agent, dtype: torch.dtype) -> Agent:
 
 
 # ------------------------------------------------------------------------------------------------------- 4 rollout
-
-
 def rollout_fields(args: Args, env: gym.Env) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What a rollout keeps of each step in each environment: name, type and shape. The loss reads the same names.
     Filled with the agent's outputs of these names, and by store() in rollout(). done: 1 where obs starts an episode."""
@@ -682,9 +655,7 @@ def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> Tensors:
 
 
 @torch.inference_mode()
-def rollout(
-    agent: Agent, envs: gym.vector.VectorEnv, storage: Tensors, generators: list, args: Args
-) -> tuple[list, dict]:
+def rollout(agent: Agent, envs: gym.vector.VectorEnv, storage: Tensors, generators: list, args: Args) -> tuple:
     """Plays the steps of one rollout in each environment and stores them. envs must have SAME_STEP autoreset.
     Environment i samples its actions from generators[i] of NumPy's. Returns the games that ended, each as (step of the
     rollout in which it ended, environment, return, length), and the seconds by kind of work."""
@@ -729,11 +700,9 @@ class Collector:
     def __init__(self, args: Args, agent: Agent, storage: Tensors, low: int, high: int):
         self.args, self.agent, self.first = args, agent, args.rank * args.local_envs + low
         self.storage = {name: tensor[:, low:high] for name, tensor in storage.items()}
-        # Numbered over all processes, so that neither ranks nor workers change the seed of a game.
-        seeds = [[args.seed, self.first + i] for i in range(high - low)]
+        seeds = [[args.seed, self.first + i] for i in range(high - low)]  # numbered over all processes
         self.generators = [np.random.default_rng(seed) for seed in seeds]
-        make = [lambda: make_env(args)] * len(seeds)
-        self.envs = gym.vector.SyncVectorEnv(make, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        self.envs = gym.vector.SyncVectorEnv([lambda: make_env(args)] * len(seeds), False, autoreset_mode="SameStep")
         game_seeds = [int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1) for seed in seeds]
         self.storage["obs"][-1] = torch.from_numpy(self.envs.reset(seed=game_seeds)[0])
         self.storage["done"][-1] = 1
@@ -751,9 +720,9 @@ class Collector:
         return [get_env_state(e) | {"generator": pack(g)} for e, g in zip(self.envs.envs, self.generators)]
 
     def set_state(self, states: list[dict[str, Any]]) -> None:
-        for env, generator, state in zip(self.envs.envs, self.generators, states):
-            set_env_state(env, state)
-            with refusing("a generator in the checkpoint does not fit"):
+        with refusing("the games in the checkpoint do not fit"):
+            for env, generator, state in zip(self.envs.envs, self.generators, states, strict=True):
+                set_env_state(env, state)
                 unpack(generator, state["generator"])
 
 
@@ -764,11 +733,10 @@ def worker_main(pipe: connection.Connection, *collector_args: Any) -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     try:
         torch.set_num_threads(1)
-        collector, answer = Collector(*collector_args), None
+        collector = Collector(*collector_args)
         while True:
-            pipe.send((answer, None))
             method, call_args = pipe.recv()
-            answer = getattr(collector, method)(*call_args)
+            pipe.send((getattr(collector, method)(*call_args), None))
     except Exception as error:
         known = isinstance(error, (UsageError, RunError))
         pipe.send((None, error if known else RunError(f"a rollout worker failed: {traceback.format_exc()}")))
@@ -782,10 +750,9 @@ class Workers:
         bounds = np.linspace(0, args.local_envs, max(1, args.workers) + 1).astype(int).tolist()
         self.shares, self.processes, self.pipes = list(itertools.pairwise(bounds)), [], []
         # However this process ends: they ignore the signal with which multiprocessing would end them at its exit.
-        self.close = weakref.finalize(self, lambda processes: [(p.kill(), p.join()) for p in processes], self.processes)
+        self.close = weakref.finalize(self, lambda them: [(p.kill(), p.join()) for p in them if p.pid], self.processes)
         self.local = None if args.workers else Collector(args, agent, storage, *self.shares[0])
-        from torch import _dynamo  # noqa: F401  the optimizer imports it: now, forked workers share its memory, 75 MB
-
+        torch._dynamo  # noqa: B018  the optimizer imports it: now, forked workers share its memory, 75 MB
         context = torch.multiprocessing.get_context(args.start_method)
         for share in self.shares if args.workers else ():
             pipe, their_pipe = context.Pipe()
@@ -793,28 +760,22 @@ class Workers:
             self.processes.append(context.Process(target=worker_main, args=collector_args, daemon=True))
             self.pipes.append(pipe)
             self.processes[-1].start()
-            their_pipe.close()
-        self.answers()
+            their_pipe.close()  # so that recv() notices the end of a worker, after its last words
+        self.state_dict()  # waits until each has begun its games, and tells why one could not
 
     def call(self, method: str, *lists: list) -> list[Any]:
-        """Calls a method of every Collector at once; each list holds one argument per share of the environments."""
+        """Calls a method of every Collector at once; each list holds one argument per share of the environments. Raises
+        the error of one that failed, and RunError if one has died."""
         if self.local:
             return [getattr(self.local, method)(*(values[0] for values in lists))]
         for pipe, *values in zip(self.pipes, *lists):
-            with suppress(BrokenPipeError, ConnectionResetError):  # answers() finds out who died
+            with suppress(BrokenPipeError, ConnectionResetError):  # who has died is found out below
                 pipe.send((method, values))
-        return self.answers()
-
-    def answers(self) -> list[Any]:
-        """What each worker answers. Raises the error of one that failed, and RunError if one has died."""
         answers = []
         for i, (pipe, process) in enumerate(zip(self.pipes, self.processes)):
-            connection.wait([pipe, process.sentinel])
             try:
-                if not pipe.poll():  # asked after its end: its last words may still be in there
-                    raise EOFError
                 answer, error = pipe.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):
                 process.join()
                 error = RunError(f"rollout worker {i} ended with exit code {process.exitcode}")
             if error:
@@ -831,14 +792,10 @@ class Workers:
         return sum(self.call("get_state"), [])
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        if len(states) != self.shares[-1][1]:
-            raise ValueError("another number of games")
         self.call("set_state", [states[low:high] for low, high in self.shares])
 
 
 # ----------------------------------------------------------------------------------------------------------- 5 PPO
-
-
 def compute_gae(rewards: Tensor, values: Tensor, dones: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, ...]:
     """[core 5] Generalized advantage estimation (Schulman et al., 2016): advantages and returns, both [T, N]. rewards
     are [T, N], values and dones [T + 1, N]; dones[t] is 1 where observation t starts a new episode."""
@@ -940,10 +897,9 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Tensors, args:
 
 
 def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
-    """The update `step`, of minibatches as long as rows, as a CUDA graph: one launch in place of hundreds. A graph
-    repeats what it recorded: every plain number that the loss reads (args.clip_coef, say) and every `if` is frozen
-    here. What changes during training must be a tensor that is changed in place: a knob. Leaves the agent and its
-    optimizer as they were. If there can be no graph, says why in one line and returns `step`."""
+    """The update `step`, of minibatches as long as rows, as a CUDA graph: one launch in place of hundreds. It repeats
+    what it recorded: plain numbers (args.clip_coef, say) and every `if` are frozen here; what changes must be a knob.
+    Leaves agent and optimizer as they were. If there can be no graph, says why in one line and returns `step`."""
     before = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"], torch.cuda.get_rng_state()))
 
     def replay(new_rows: Tensor) -> Tensors:
@@ -954,8 +910,7 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
     try:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the optimizer warns of steps outside of a graph
+        with torch.cuda.stream(stream), warnings.catch_warnings(action="ignore"):  # of steps outside of a graph
             for _ in range(3):  # the first calls choose kernels and allocate, which no graph may
                 names = list(step(rows))
         torch.cuda.current_stream().wait_stream(stream)
@@ -971,8 +926,7 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
         for group in optimizer.param_groups:
             group["capturable"] = False
     agent.load_state_dict(before[0])  # in place, as all this: the graph knows these tensors by their addresses
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, parameter in enumerate(parameters):
+    for index, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
         for name, tensor in optimizer.state.get(parameter, {}).items():
             tensor.copy_(before[1][index][name]) if index in before[1] else tensor.zero_()
     torch.cuda.set_rng_state(before[2])
@@ -1020,7 +974,6 @@ class Learner:
         self.agent.train()
 
     def update(self, rows: Tensor) -> Tensors:
-        """One gradient step on these rows of the batch."""
         if self.step is None:
             self.step = partial(update, self.agent, self.optimizer, self.batch, self.args, self.knobs)
             if self.graphed:
@@ -1029,8 +982,6 @@ class Learner:
 
 
 # --------------------------------------------------------------------------------------------------- 6 run directory
-
-
 def write_file(path: Path, content: bytes | dict) -> None:
     """Writes bytes, or a dictionary in torch's format, to a temporary name, flushes and renames it. At any moment the
     path holds a whole file, old or new. Follows no link that lies in its directory."""
@@ -1051,11 +1002,10 @@ def write_file(path: Path, content: bytes | dict) -> None:
 
 def load_file(path: Path, *keys: str) -> dict[str, Any]:
     """A dictionary with these keys and finite "weights", written by write_file. Raises UsageError for anything else.
-    weights_only runs no code from it, so a stranger's agent.pt can do no harm. A checkpoint.pt holds states of the
+    weights_only runs no code from it: a stranger's agent.pt can do no harm. A checkpoint.pt holds states of the
     emulator, native code that believes them: resume only what is your own."""
     with refusing(f"{path} is damaged or not of this script"), refusing(f"{path} does not exist", FileNotFoundError):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load compares no checksums
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
         finite = all(tensor.isfinite().all() for tensor in content["weights"].values())
         if damaged or not finite or not set(keys) <= content.keys():
@@ -1077,6 +1027,8 @@ class RunDirectory:
     Belongs to one process at a time: raises UsageError if another has it, or if it cannot be opened."""
 
     def __init__(self, path: Path):
+        import torch.utils.tensorboard  # noqa: F401  here, because the workers do without it
+
         self.path, self.failing, self.kept = path, set(), "there is no checkpoint yet"
         self.writer, self.bar, self.purge_step = None, None, None
         hook = threading.excepthook  # what TensorBoard's own thread cannot write, attempt() reports
@@ -1090,7 +1042,8 @@ class RunDirectory:
 
     def close(self) -> None:
         for part in filter(None, (self.bar, self.writer)):
-            self.attempt("TensorBoard events", part.close)
+            with self.attempt("TensorBoard events"):
+                part.close()
         os.close(self.lock)
 
     def begin(self, args: Args, device: torch.device, dtype: torch.dtype, step: int) -> None:
@@ -1109,11 +1062,12 @@ class RunDirectory:
         self.bar = tqdm(total=args.num_iterations * args.batch_size, initial=step, unit="steps", disable=None)  # no tty
         self.begun, self.printed = (time.perf_counter(), step), time.perf_counter()
 
-    def attempt(self, what: str, function: Callable, *args: Any) -> None:
-        """Calls a function that writes. Its failure is told once, and once that it works again."""
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Around what writes. Its failure is told once, and once that it works again."""
         failed, news = what in self.failing, "can be written again"
         try:
-            function(*args)
+            yield
             self.failing.discard(what)
         except (OSError, cv2.error) as error:
             self.failing.add(what)
@@ -1122,19 +1076,16 @@ class RunDirectory:
             say(f"ppo_atari.py: {what} {news}", sys.stderr)
 
     def write(self, name: str, content: bytes | dict) -> None:
-        self.attempt(name, write_file, self.path / name, content)
+        with self.attempt(name):
+            write_file(self.path / name, content)
 
     def events(self, add: Callable) -> None:
         """Calls add(writer) with TensorBoard's writer, a new one after a failure, since it never recovers; flushes."""
-        from torch.utils.tensorboard import SummaryWriter  # here, because the workers do without it
-
-        def write() -> None:
-            self.writer = self.writer or SummaryWriter(str(self.path), purge_step=self.purge_step)
+        with self.attempt("TensorBoard events"):
+            self.writer = self.writer or torch.utils.tensorboard.SummaryWriter(self.path, purge_step=self.purge_step)
             add(self.writer)
             self.writer.flush()
             self.purge_step = None
-
-        self.attempt("TensorBoard events", write)
         for file in self.path.glob("events.out.tfevents.*") if "TensorBoard events" in self.failing else ():
             self.writer = None
             with suppress(OSError):
@@ -1153,19 +1104,13 @@ class RunDirectory:
 
     def describe(self, flags: dict[str, Any], screen: np.ndarray, obs: np.ndarray) -> None:
         """Hyperparameters, as text and for the HParams tab; the charts that matter first; what the agent sees."""
-        from torch.utils.tensorboard.summary import hparams
-
         rows = "".join(f"|{name}|{value}|\n" for name, value in flags.items())
         first = ("charts/episodic_return", "charts/SPS", "losses/explained_variance", "losses/approx_kl")
         given = {name: value for name, value in flags.items() if value is not None}
-
-        def add(writer: Any) -> None:
-            writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
-            writer.add_custom_scalars({"PPO": {tag: ["Multiline", [tag]] for tag in first}})
-            for summary in hparams(given, {"charts/episodic_return": 0}):  # add_hparams would start a sub-run
-                writer.file_writer.add_summary(summary)
-
-        self.events(add)
+        tab = torch.utils.tensorboard.summary.hparams(given, {"charts/episodic_return": 0})
+        self.events(lambda writer: writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"))
+        self.events(lambda writer: writer.add_custom_scalars({"PPO": {tag: ["Multiline", [tag]] for tag in first}}))
+        self.events(lambda writer: [*map(writer.file_writer.add_summary, tab)])  # add_hparams would start a sub-run
         self.picture("observation", screen, obs, 0)
 
     def picture(self, tag: str, screen: np.ndarray, obs: np.ndarray, step: int) -> None:
@@ -1178,22 +1123,16 @@ class RunDirectory:
     def film(self, frames: list[np.ndarray], step: int, fps: int) -> None:
         """RGB frames [H, W, 3] as videos/<step>.webm (VP8, which browsers play) and as a GIF in the Images tab."""
         from PIL import Image
-        from tensorboard.compat.proto.summary_pb2 import Summary
 
         height, width, _ = frames[0].shape
-        folder, size = self.path / "videos", (2 * width, 2 * height)
-
-        def write() -> None:
-            with tempfile.TemporaryDirectory() as elsewhere:  # OpenCV does not tell of a full disk: write_file does
-                film = cv2.VideoWriter(f"{elsewhere}/film.webm", cv2.VideoWriter_fourcc(*"VP80"), fps, size)
-                for frame in frames:
-                    double = cv2.resize(frame, size, interpolation=cv2.INTER_NEAREST)
-                    film.write(cv2.cvtColor(double, cv2.COLOR_RGB2BGR))
-                film.release()
-                folder.mkdir(exist_ok=not folder.is_symlink())
-                write_file(folder / f"{step}.webm", Path(elsewhere, "film.webm").read_bytes())
-
-        self.attempt("the video", write)
+        folder, size, Summary = self.path / "videos", (2 * width, 2 * height), torch.utils.tensorboard.summary.Summary
+        with self.attempt("the video"), tempfile.TemporaryDirectory() as elsewhere:  # OpenCV is silent on a full disk
+            film = cv2.VideoWriter(f"{elsewhere}/film.webm", cv2.VideoWriter_fourcc(*"VP80"), fps, size)
+            for frame in frames:
+                film.write(frame[..., ::-1].repeat(2, 0).repeat(2, 1))  # BGR, twice as large
+            film.release()
+            folder.mkdir(exist_ok=not folder.is_symlink())
+            write_file(folder / f"{step}.webm", Path(elsewhere, "film.webm").read_bytes())
         skip, gif = 2 * math.ceil(len(frames) / 1200), io.BytesIO()  # at most 600 images: the dashboard stays quick
         images = [Image.fromarray(frame).quantize(32) for frame in frames[::skip]]
         images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=1000 * skip // fps, loop=0)
@@ -1201,15 +1140,8 @@ class RunDirectory:
         summary = Summary(value=[Summary.Value(tag="eval/video", image=image)])
         self.events(lambda writer: writer.file_writer.add_summary(summary, step))
 
-    def save(self, agent: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-        """agent.pt, to evaluate and to share, and checkpoint.pt, to go on."""
-        self.write("agent.pt", agent)
-        self.write("checkpoint.pt", agent | ranks[0] | {"ranks": ranks[1:]})
-        if "checkpoint.pt" not in self.failing:
-            self.kept = f"the checkpoint of step {agent['step']:,} is kept"
-
-    def farewell(self, step: int, stopped: int) -> bool:
-        """Says how a training ended, and how to go on if it was stopped. Returns whether all could be written."""
+    def farewell(self, step: int, stopped: int) -> None:
+        """Says how a training ended, and how to go on if it was stopped."""
         if self.failing:
             what = " and ".join(sorted(self.failing))
             say(f"ppo_atari.py: {what} could not be written to the end; {self.kept}", sys.stderr)
@@ -1217,12 +1149,9 @@ class RunDirectory:
             say(f"stopped and saved at step {step:,}; to go on: python ppo_atari.py --resume {self.path}")
         elif stopped:
             say(f"the training is complete; its score: python ppo_atari.py --evaluate {self.path}")
-        return not self.failing
 
 
 # ------------------------------------------------------------------------------------------------------- 7 processes
-
-
 def choose_device(args: Args) -> torch.device:
     """This process' GPU, made to do what the flags say, or the CPU."""
     if not (args.cuda and torch.cuda.is_available()):
@@ -1265,9 +1194,8 @@ def gather(mine: Any) -> list[Any]:
 
 
 def join_processes(args: Args, device: torch.device, stack: ExitStack) -> None:
-    """Makes torchrun's processes one group, until the stack ends: gloo between CPUs, NCCL between GPUs. After the fork
-    of the workers, which threads do not survive, and after the optimizer, which imports code that would keep the group
-    alive. torchrun sees to a process that dies; the group waits for a day, as evaluations may be long."""
+    """Makes torchrun's processes one group, until the stack ends: gloo between CPUs, NCCL between GPUs. After the
+    optimizer, which imports code that would keep the group alive. It waits for a day, as evaluations may be long."""
     if args.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
@@ -1299,11 +1227,9 @@ class StopRequest:
 
     def agreed(self) -> int:
         """The signal that any process has got, or 0. All stop after the same iteration: else they would hang."""
-        agreed = torch.tensor(self.signum)  # a copy: a signal that comes during the message waits for the next one
-        if dist.is_initialized():
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        self.signum = int(agreed) or self.signum
-        return int(agreed)
+        agreed = max(gather(self.signum))  # a signal that comes during the message waits for the next one
+        self.signum = agreed or self.signum
+        return agreed
 
 
 def shortage(error: Exception, args: Args) -> str | None:
@@ -1311,8 +1237,11 @@ def shortage(error: Exception, args: Args) -> str | None:
     lower, size = "lower --num-envs, --num-steps or --num-workers", args.batch_size * args.frame_stack / args.world_size
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is too small: lower --num-envs or --num-steps, or raise --num-minibatches"
-    if "Too many open files" in str(error):
-        return f"too few open files are allowed for {args.workers} workers: raise `ulimit -n` or lower --num-workers"
+    for words, few, limit in (("Too many open", "open files", "-n"), ("temporarily unavailable", "processes", "-u")):
+        if words in str(error):
+            return (
+                f"too few {few} are allowed for {args.workers} workers: raise `ulimit {limit}` or lower --num-workers"
+            )
     known = "allocate memory|enough memory|bad.?alloc|new thread|create a primitive|inline_container|return without"
     if isinstance(error, MemoryError) or re.search(known, str(error), re.IGNORECASE):
         need = f"{size * args.frame_size**2 / 2**20:,.0f} MB, twice"
@@ -1321,8 +1250,6 @@ def shortage(error: Exception, args: Args) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------- 8 programs
-
-
 def open_run(args: Args) -> RunDirectory | Nothing:
     """The run directory, a new one or that of --resume, and with --track the Weights & Biases run that mirrors it."""
     if args.rank:
@@ -1330,23 +1257,30 @@ def open_run(args: Args) -> RunDirectory | Nothing:
     if args.track:
         with refusing("--track needs Weights & Biases: pip install wandb", ImportError):
             import wandb
-    path, when = Path(args.resume or ""), itertools.count(int(time.time()))
-    while not args.resume:
-        path = Path(f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{next(when)}")
-        with suppress(FileExistsError), refusing(f"cannot write to {path}", (PermissionError, NotADirectoryError)):
-            path.mkdir(parents=True)  # if it exists, another run began in the same second
-            break
+    path = Path(args.resume or "runs")
+    with refusing(f"cannot write to {path}", OSError):
+        path.mkdir(exist_ok=True)
+        for second in () if args.resume else itertools.count(int(time.time())):
+            path = Path(f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{second}")
+            with suppress(FileExistsError):  # another run began in the same second
+                path.mkdir()
+                break
     run = RunDirectory(path)
     if args.track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": args.wandb_name or path.name}
-        wandb.init(**names, id=path.name, resume="allow", config=args.flags, sync_tensorboard=True)
+        names["id"] = re.sub(r"[:;,#?']", "-", path.name)  # which W&B refuses
+        wandb.init(**names, resume="allow", config=args.flags, sync_tensorboard=True)
     return run
 
 
 def save(run: RunDirectory | Nothing, state: dict[str, Any], args: Args, step: int) -> None:
-    """Writes a checkpoint: the state of each process."""
+    """Writes agent.pt, to evaluate and to share, and checkpoint.pt, to go on: the state of each process."""
     ranks = gather(pack(state))
-    run.save({"weights": ranks[0]["weights"], "flags": args.flags, "step": step}, ranks)
+    agent = {"weights": ranks[0]["weights"], "flags": args.flags, "step": step}
+    run.write("agent.pt", agent)
+    run.write("checkpoint.pt", agent | ranks[0] | {"ranks": ranks[1:]})
+    if args.rank == 0 and "checkpoint.pt" not in run.failing:
+        run.kept = f"the checkpoint of step {step:,} is kept"
 
 
 def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
@@ -1370,9 +1304,8 @@ def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
             say(complete if done >= args.num_iterations else longer)
 
 
-def full_games(
-    args: Args, agent: Agent | None, num_games: int, stop: Any = None, film: list | None = None, mode: str | None = None
-) -> list[tuple[float, int]]:
+@torch.inference_mode()
+def full_games(args: Args, agent: Any, num_games: int, stop: Any = None, film: Any = None, mode: Any = None) -> list:
     """Plays full games side by side, through all lives, and returns (score, length) of each; once the StopRequest has a
     signal, of those that have ended. agent=None plays at random. The stack is that of training: an agent for whom FIRE
     was pressed has never learned to press it. The list `film` gets (screen, observation) of the first 5 minutes."""
@@ -1383,12 +1316,10 @@ def full_games(
         obs.append(envs[-1].reset(seed=args.seed + 2**31 + len(obs))[0])
     while (playing := [i for i in range(num_games) if i not in results]) and not (stop and stop.signum):
         uniform = torch.tensor([generators[i].random() for i in playing], dtype=torch.float32)
-        if agent is None:
-            actions = (uniform * envs[0].action_space.n).long().clamp_(max=envs[0].action_space.n - 1)
-        else:
-            with torch.inference_mode():
-                batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
-                actions = agent.get_action_and_value(batch, uniform=uniform)["action"]
+        actions = (uniform * envs[0].action_space.n).long().clamp_(max=envs[0].action_space.n - 1)
+        if agent is not None:
+            batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
+            actions = agent.get_action_and_value(batch, uniform=uniform)["action"]
         for i, action in zip(playing, actions.tolist()):
             obs[i], _, terminated, truncated, info = envs[i].step(action)
             if film is not None and i == 0 and len(film) < 5 * 60 * 60 / args.frame_skip:
@@ -1523,8 +1454,8 @@ def train(args: Args) -> int:
             stop.doing = "stopping the evaluation"
             actor.load_state_dict(agent.state_dict())
             score_agent(args, actor, step, run, stop)
-        written = run.farewell(step, stop.signum) is not False  # None above rank 0
-        return 1 if not written else 128 + stop.signum if stop.signum else 0
+        run.farewell(step, stop.signum)
+        return 1 if run.failing else 128 + stop.signum if stop.signum else 0
 
 
 def evaluate(args: Args) -> int:
@@ -1557,7 +1488,7 @@ def evaluate(args: Args) -> int:
         if not args.play:
             score_agent(args, agent, step, run, stop)
         for score, length in full_games(args, agent, 1, stop, None, "human") if args.play else ():
-            print(f"score {score:g} in {length} steps")
+            say(f"score {score:g} in {length} steps")
         return 128 + stop.signum if stop.signum else int(bool(run.failing))
 
 
@@ -1565,17 +1496,15 @@ def play(args: Args) -> int:
     """--play: a person plays the game in a window, at its real speed."""
     with refusing("--play needs pygame: pip install pygame", (ImportError, gym.error.DependencyNotInstalled)):
         from gymnasium.utils.play import play as play_in_window
-    env = gym.make(args.env_id, frameskip=1, render_mode="rgb_array")
+    env = make_env(args, "rgb_array").unwrapped
     meanings = env.unwrapped.get_action_meanings()
     for keys, action in env.unwrapped.get_keys_to_action().items():
         print(f"{' + '.join('space' if key == ' ' else key for key in keys):>14}  {meanings[action]}")
-    play_in_window(env, fps=60, zoom=3, noop=find_action(env, "NOOP") or 0)
+    play_in_window(env, fps=60, zoom=3, noop=find_action(env, "NOOP") or 0, seed=args.seed)
     return 0
 
 
 # ----------------------------------------------------------------------------------------------------------- 9 entry
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the program that the flags ask for and returns its exit code: 0, 1, 2, 130 or 143."""
     args = parse_args(argv)
@@ -1589,9 +1518,10 @@ def main(argv: list[str] | None = None) -> int:
         code, text = 1, f"error: {shortage(error, args) or error}"
         if not isinstance(error, RunError) and not shortage(error, args):
             traceback.print_exc()
-    print(f"ppo_atari.py: {text}", file=sys.stderr)
+    say(f"ppo_atari.py: {text}", sys.stderr)
     return code
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to lose a score
     sys.exit(main())

@@ -314,11 +314,28 @@ def test_largest_random_number(run, capfd, monkeypatch):
     assert code == 0, error
 
 
+def test_scores_on_a_terminal_without_the_letters(run, tmp_path):
+    """They are shown as far as it can, and written."""
+    process = start("--evaluate", run, "--eval-episodes", 1, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    mean = json.loads((run / "eval.json").read_text())["mean"]
+    assert f"mean {mean:.2f} ? 0.00" in (tmp_path / "log").read_text()
+
+
 def test_tracking_without_wandb(tmp_path, capfd, monkeypatch):
     """One line says what to install."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in refusal(capfd, *TRAIN, "--eval-episodes", 0, "--track")
+
+
+def test_tracking_under_any_name(tmp_path, monkeypatch):
+    """Weights & Biases refuses these characters in a run's id; a name for the experiment may have them."""
+    monkeypatch.chdir(tmp_path)
+    ids = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: ids.append(given["id"])))
+    ppo_atari.open_run(ppo_atari.parse_args([*TRAIN, "--track", "--exp-name", "a:b;c,d#e?f'g"])).close()
+    assert "a-b-c-d-e-f-g" in ids[0]
 
 
 def test_tracking_offline(tracked):
@@ -382,6 +399,17 @@ def test_playing_with_scripted_keys(tmp_path):
     assert len(acted) <= 100, "one frame of the emulator per frame of the window"
     fire, right = ale_py.Action.FIRE.value, ale_py.Action.RIGHT.value
     assert acted.count(fire) == 20 and acted.count(right) > 20 and acted.index(fire) < acted.index(right)
+
+
+def test_playing_the_game_that_the_flags_describe(monkeypatch, capfd):
+    """Its sticky actions, its actions and its seed."""
+    pytest.importorskip("pygame")
+    games = []
+    monkeypatch.setattr("gymnasium.utils.play.play", lambda env, **given: games.append((env, given["seed"])))
+    assert here(capfd, "--play", "--repeat-action-probability", 0, "--full-action-space", "--seed", 7)[0] == 0
+    env, seed = games[0]
+    assert env.action_space.n == 18 and seed == 7
+    assert env.unwrapped.ale.getFloat("repeat_action_probability") == 0
 
 
 def test_watching_the_agent(watched):

@@ -263,11 +263,16 @@ def test_full_disk(whole, tmp_path):
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_unwritable_run_directory(tmp_path):
+@pytest.mark.parametrize("what", ["a file", "a link to nowhere", "a long name"])
+def test_unwritable_run_directory(what, tmp_path):
     """One line, no training, and no worker left."""
-    (tmp_path / "runs").write_text("not a directory")
-    process = fork(*RUN, "--num-workers", 2, cwd=tmp_path)
-    assert finish(process) in (1, 2)
+    if what == "a file":
+        (tmp_path / "runs").write_text("not a directory")
+    elif what == "a link to nowhere":  # as to a disk that is not mounted
+        (tmp_path / "runs").symlink_to(tmp_path / "nowhere" / "runs")
+    name = "\N{SNOWMAN}" * 100 if what == "a long name" else "short"  # 300 bytes; file systems take 255
+    process = fork(*RUN, "--num-workers", 2, "--exp-name", name, cwd=tmp_path)
+    assert finish(process, 60) == 2
     log = (tmp_path / "log").read_text()
     assert log.count("\n") == 1 and "runs" in log, log
     assert not living(process.pid)
