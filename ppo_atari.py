@@ -1057,7 +1057,7 @@ class RunDirectory:
             write_file(self.path / "args.json", json.dumps(about, indent=1).encode())
         on = f"{device}, {str(dtype)[6:]}, {args.workers} rollout workers, {torch.get_num_threads()} threads"
         say(f"run directory: {self.path}\n{on}")
-        if step:  # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap
+        if args.resume:  # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap
             self.purge_step, self.kept = step + 1, f"the checkpoint of step {step:,} is kept"
         self.bar = tqdm(total=args.num_iterations * args.batch_size, initial=step, unit="steps", disable=None)  # no tty
         self.begun, self.printed = (time.perf_counter(), step), time.perf_counter()

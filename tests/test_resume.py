@@ -138,6 +138,32 @@ def test_signal_saves_and_says_how_to_go_on(number, code, workers, whole, tmp_pa
     assert_same_run(run, whole)
 
 
+def test_stopped_before_its_first_iteration(tmp_path, monkeypatch, capfd):
+    """Resumed, killed and resumed once more: each iteration stands in the curves once."""
+    monkeypatch.chdir(tmp_path)
+    agreed, anneal = ppo_atari.StopRequest.agreed, ppo_atari.anneal
+
+    def at_once(stop):
+        stop.signum = signal.SIGINT
+        return agreed(stop)
+
+    def killed(knobs, args, iteration):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        anneal(knobs, args, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_atari.StopRequest, "agreed", at_once)
+        assert here(capfd, *TINY, 64, "--checkpoint-interval", 0)[0] == 130
+    run = run_directory(tmp_path)
+    assert checkpoint(run)["step"] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_atari, "anneal", killed)
+        assert here(capfd, "--resume", run)[0] == 130
+    assert here(capfd, "--resume", run)[0] == 0
+    assert [step for step, _ in curves(run)["losses/entropy"]] == [16, 32, 48, 64]
+
+
 def test_second_ctrl_c_stops_at_once(tmp_path):
     """In the middle of an iteration that would take many minutes."""
     steps = 100_000
