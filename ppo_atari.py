@@ -124,7 +124,7 @@ def between(kind: type, low: float, high: float) -> Callable[[str], float]:
     return convert
 
 
-def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "") -> Args:
+def parse_args(argv: list[str] | None = None, saved: Any = MappingProxyType({}), source: str = "") -> Args:
     """The flags, checked, and what derive adds. A mistake exits with code 2. saved: an earlier run's flags, from the
     file `source` (--resume: args.json): they pass the same checks, and those of the run count where argv has none."""
     argv, free = sys.argv[1:] if argv is None else argv, {"total_timesteps"}
@@ -203,7 +203,7 @@ def parse_args(argv: list[str] | None = None, saved: Any = None, source: str = "
         if resume := bool(given["resume"]):
             source = str(Path(given["resume"], "args.json"))
         with refusing(f"{source} is missing or damaged; give the directory of a run"):
-            saved = dict(json.loads(Path(source).read_text())["flags"] if resume else saved or {})
+            saved = {**(json.loads(Path(source).read_text())["flags"] if resume else saved)}  # of a dictionary only
         skipped = {"resume", "evaluate", "output", "play"} if resume else free - {"total_timesteps"}
         before = []  # as a user would type it
         for name, value in saved.items():
@@ -1316,8 +1316,9 @@ def full_games(args: Args, agent: Any, num_games: int, stop: Any = None, film: A
         obs.append(envs[-1].reset(seed=args.seed + 2**31 + len(obs))[0])
     while (playing := [i for i in range(num_games) if i not in results]) and not (stop and stop.signum):
         uniform = torch.tensor([generators[i].random() for i in playing], dtype=torch.float32)
-        actions = (uniform * envs[0].action_space.n).long().clamp_(max=envs[0].action_space.n - 1)
-        if agent is not None:
+        if agent is None:
+            actions = (uniform * envs[0].action_space.n).long().clamp_(max=envs[0].action_space.n - 1)
+        else:
             batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
             actions = agent.get_action_and_value(batch, uniform=uniform)["action"]
         for i, action in zip(playing, actions.tolist()):
@@ -1387,6 +1388,7 @@ def train(args: Args) -> int:
         }  # fmt: skip
         if args.resume:
             load(state, saved, args)
+        del saved  # some 20 MB
         pack(state)  # refuses now, and not after hours, what a checkpoint cannot hold
         step = state["iteration"] * args.batch_size
         if state["iteration"] >= args.num_iterations:
@@ -1497,8 +1499,8 @@ def play(args: Args) -> int:
     with refusing("--play needs pygame: pip install pygame", (ImportError, gym.error.DependencyNotInstalled)):
         from gymnasium.utils.play import play as play_in_window
     env = make_env(args, "rgb_array").unwrapped
-    meanings = env.unwrapped.get_action_meanings()
-    for keys, action in env.unwrapped.get_keys_to_action().items():
+    meanings = env.get_action_meanings()
+    for keys, action in env.get_keys_to_action().items():
         print(f"{' + '.join('space' if key == ' ' else key for key in keys):>14}  {meanings[action]}")
     play_in_window(env, fps=60, zoom=3, noop=find_action(env, "NOOP") or 0, seed=args.seed)
     return 0

@@ -623,8 +623,12 @@ def test_hostile_flags_are_refused(flags, run, capfd):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"[" * 100_000, b'{"flags": [1]}', b'{"flags": "x"}', b'{"flags": null}', b"\xff\xfe", b"{}"]
-)
+    "text",
+    [
+        b"", b"[" * 100_000, b'{"flags": [1]}', b'{"flags": "x"}', b'{"flags": null}', b"\xff\xfe", b"{}",
+        b'{"flags": []}', b'{"flags": ""}', b'{"flags": [["seed", 1]]}',
+    ],
+)  # fmt: skip
 def test_damaged_args_are_refused(text, run, capfd):
     (run / "args.json").write_bytes(text)
     assert "args.json is missing or damaged" in end_of_a_run(capfd, run, "--resume", run)
@@ -669,6 +673,8 @@ AGENTS = {
     "weights in a list": lambda a: a.update(weights=list(a["weights"].values())),
     "no flags": lambda a: a.pop("flags"),
     "flags in a list": lambda a: a.update(flags=[1]),
+    "flags of nothing": lambda a: a.update(flags=None),
+    "flags in an empty list": lambda a: a.update(flags=[]),
     "a step in words": lambda a: a.update(step="x"),
     "a step beyond all": lambda a: a.update(step=2**70),
 }
