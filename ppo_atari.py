@@ -88,12 +88,12 @@ def say(text: str, file: Any = None) -> None:
         print(text, file=file or sys.stdout, flush=True)
 
 
-class UsageError(Exception):
-    """Something the user can mend: one line on stderr, exit code 2."""
-
-
 class RunError(Exception):
     """A run that cannot go on for a known reason: one line on stderr, exit code 1."""
+
+
+class UsageError(RunError):
+    """One that the user can mend: exit code 2."""
 
 
 def refuse(message: str) -> None:
@@ -106,7 +106,7 @@ def refusing(what: str, kinds: Any = Exception) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        if kinds is Exception and isinstance(error, (UsageError, RunError, MemoryError)):
+        if kinds is Exception and isinstance(error, (RunError, MemoryError)):
             raise
         raise UsageError(f"{what}: {str(getattr(error, 'strerror', None) or error)[:200]}") from None
 
@@ -259,8 +259,7 @@ def derive(args: Args) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(max(1, cores // args.local_world_size), args.local_envs)
     args.workers = min(workers if args.num_workers is None else args.num_workers, args.local_envs)
-    if args.inference_batch is None:  # saved, so that a run that is resumed with other cores stays the same
-        args.inference_batch = math.ceil(args.local_envs / workers)
+    args.inference_batch = args.inference_batch or math.ceil(args.local_envs / workers)  # saved: other cores keep it
 
 
 # --------------------------------------------------------------------------------------------------- 2 environment
@@ -326,13 +325,11 @@ def unpack(current: Any, kept: Any) -> Any:
 
 def find_action(env: gym.Env, meaning: str) -> int | None:
     """The index of the action with this meaning, such as "FIRE", or None where the game lacks it."""
-    meanings = env.unwrapped.get_action_meanings()
-    return meanings.index(meaning) if meaning in meanings else None
+    return {name: index for index, name in enumerate(env.unwrapped.get_action_meanings())}.get(meaning)
 
 
 def step_in_reset(env: gym.Env, action: int, info: dict) -> tuple[np.ndarray, dict]:
-    """One step as part of a reset. Should it end the episode, resets once more and returns the observation after that.
-    info["episode"] of a game that ends here is handed on: its score would be lost otherwise."""
+    """One step within a reset; resets again should it end the episode, and hands on info["episode"] of that game."""
     obs, _, terminated, truncated, step_info = env.step(action)
     if terminated or truncated:
         obs, reset_info = env.reset()
@@ -341,8 +338,7 @@ def step_in_reset(env: gym.Env, action: int, info: dict) -> tuple[np.ndarray, di
 
 
 class NoopResetEnv(gym.Wrapper):
-    """[atari 1] Starts each game after 1 to noop_max frames of doing nothing, uniformly (Mnih et al., 2015). In
-    Backgammon and VideoCheckers, which have no NOOP, action 0 stands in for it."""
+    """[atari 1] Starts games after 1 to noop_max frames of NOOP or, in two games, action 0 (Mnih et al., 2015)."""
 
     def __init__(self, env: gym.Env, noop_max: int = 30):
         super().__init__(env)
@@ -356,9 +352,8 @@ class NoopResetEnv(gym.Wrapper):
 
 
 class MaxAndSkipEnv(gym.Wrapper):
-    """[atari 2] Repeats an action for `skip` frames, sums the rewards and returns the pixelwise maximum of the last two
-    RGB screens [H, W, 3], because the Atari draws some objects in every other frame only (Mnih et al., 2015). Drives
-    the emulator itself, to draw two screens only. A game that ends within the skip shows its last screen."""
+    """[atari 2] Repeats an action for `skip` frames, sums rewards and returns the pixelwise maximum of the last two RGB
+    screens [H, W, 3], the only ones drawn: some objects are in every other frame only (Mnih et al., 2015)."""
 
     def __init__(self, env: gym.Env, skip: int = 4):
         super().__init__(env)
@@ -379,9 +374,8 @@ class MaxAndSkipEnv(gym.Wrapper):
 
 
 class EpisodicLifeEnv(gym.Wrapper):
-    """[atari 3] Ends the episode when a life is lost, but resets only when the game is over (Mnih et al., 2015). After
-    a lost life, reset() goes on in the same game with one step of doing nothing. reset(seed=...) always starts a new
-    game. A counter that falls to 0 is no lost life: some games (Q*bert) show 0 for a while before they end."""
+    """[atari 3] Ends the episode when a life is lost; reset() then goes on in the same game, unless it has a seed (Mnih
+    et al., 2015). A counter that falls to 0 is no lost life: some games (Q*bert) show 0 for a while before they end."""
 
     saved = ("lives", "game_over")
 
@@ -434,7 +428,7 @@ class ClipRewardEnv(gym.RewardWrapper):
         return float((reward > 0) - (reward < 0))
 
 
-class FrameStack(gym.Wrapper):
+class FrameStack(gym.ObservationWrapper):
     """[atari 7] The last k frames [k, L, L], oldest first; after a reset, the first one k times (Mnih et al., 2015)."""
 
     saved = ("frames",)
@@ -449,11 +443,9 @@ class FrameStack(gym.Wrapper):
         self.frames[:] = obs
         return self.frames.copy(), info
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        obs, *rest = self.env.step(action)
-        self.frames[:-1] = self.frames[1:]
-        self.frames[-1] = obs
-        return self.frames.copy(), *rest
+    def observation(self, frame: np.ndarray) -> np.ndarray:
+        self.frames = np.concatenate([self.frames[1:], frame[None]])
+        return self.frames.copy()
 
 
 for _stateless in (NoopResetEnv, MaxAndSkipEnv, FireResetEnv, WarpFrame, ClipRewardEnv):
@@ -463,8 +455,7 @@ for _stateless in (NoopResetEnv, MaxAndSkipEnv, FireResetEnv, WarpFrame, ClipRew
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The full stack, in openai/baselines' order: every program here plays through it. Observations are uint8
     [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"} appears once per game, when it is really
-    over: return before clipping, length in steps, seconds."""
-    # frameskip=1, always: beneath MaxAndSkipEnv, the -v5 ids would skip 4 frames more and the -v4 ids 2 to 4.
+    over: return before clipping, length in steps, seconds. No frames are skipped but by MaxAndSkipEnv: frameskip=1."""
     sticky = args.repeat_action_probability
     kwargs = {} if sticky is None else {"repeat_action_probability": sticky}
     kwargs |= {"full_action_space": args.full_action_space, "render_mode": render_mode}
@@ -496,14 +487,14 @@ def saved_attributes(env: gym.Env) -> Iterator[tuple[gym.Env, str]]:
         env = env.env
 
 
-def get_env_state(env: gym.Env) -> dict[str, Any]:
-    """Everything that the future of a game depends on, packed."""
+def get_env_state(env: gym.Env, generator: np.random.Generator | None = None) -> dict[str, Any]:
+    """Everything that the future of a game depends on, packed; also what its actions are drawn with, if given."""
     emulator = env.unwrapped.ale.cloneState(include_rng=True).serialize()
-    wrappers = [pack(getattr(wrapper, name)) for wrapper, name in saved_attributes(env)]
-    return {"emulator": emulator, "np_random": pack(env.unwrapped.np_random), "wrappers": wrappers}
+    wrappers = [getattr(wrapper, name) for wrapper, name in saved_attributes(env)]
+    return pack({"emulator": emulator, "np_random": env.np_random, "wrappers": wrappers, "generator": generator})
 
 
-def set_env_state(env: gym.Env, state: dict[str, Any]) -> None:
+def set_env_state(env: gym.Env, state: dict[str, Any], generator: np.random.Generator | None = None) -> None:
     """The inverse of get_env_state, for an environment of the same flags, reset once. Raises UsageError. The emulator
     is native code that trusts these bytes: their length, less generators' digits, is checked; forged ones do harm."""
     ale, words = env.unwrapped.ale, re.compile(rb"(?:\d{1,10} ){624}\d{1,3}")
@@ -513,15 +504,15 @@ def set_env_state(env: gym.Env, state: dict[str, Any]) -> None:
             raise ValueError("the emulator's state is not of this game")
         ale.reset_game()
         ale.restoreState(ale_py.ALEState(state["emulator"]))
-        unpack(env.unwrapped.np_random, state["np_random"])
+        unpack(generator, state["generator"])
+        unpack(env.np_random, state["np_random"])
         for (wrapper, name), value in zip(saved_attributes(env), state["wrappers"], strict=True):
             setattr(wrapper, name, unpack(getattr(wrapper, name), value))
 
 
 def forget_last_action(env: gym.Env) -> None:
-    """Makes the emulator's hidden last action a NOOP. Sticky actions repeat it, but no saved state contains it. Each
-    rollout starts with this, whether or not a checkpoint follows: so a resumed run sees the game that the uninterrupted
-    one saw. A frame fails to replace the action with the sticky probability p, all n with p^n < 10^-11."""
+    """Makes the emulator's last action, which sticky actions repeat and no saved state contains, a NOOP: each rollout
+    starts so, resumed or not. A frame fails to replace it with the sticky probability p, all n with p^n < 10^-11."""
     ale, sticky = env.unwrapped.ale, env.unwrapped.spec.kwargs["repeat_action_probability"]
     if sticky > 0:
         state = ale.cloneState(include_rng=True)
@@ -553,8 +544,7 @@ class Flatten(nn.Module):
 
 
 def nature_cnn(frame_stack: int, frame_size: int, scale_obs: bool) -> nn.Sequential:
-    """[atari 8] The convolutional network of Mnih et al. (2015): pixels [B, frame_stack, L, L] to [B, 512]. L is 8m + 4
-    and at least 36: any other size would lose pixels at the border."""
+    """[atari 8] The network of Mnih et al. (2015): pixels [B, frame_stack, L, L] to [B, 512]. L = 8m + 4 loses none."""
     first = PixelConv2d if scale_obs else nn.Conv2d  # [atari 9]
     layers = [layer_init(first(frame_stack, 32, 8, stride=4)), nn.ReLU(inplace=True)]
     layers += [layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(inplace=True)]
@@ -629,13 +619,12 @@ def rollout_fields(args: Args, env: gym.Env) -> dict[str, tuple[torch.dtype, tup
 
 
 def allocate(args: Args, env: gym.Env, actor: nn.Module | None = None) -> Tensors:
-    """Each field of one rollout, [T + 1, N, ...]; row T becomes the next row 0. In shared memory, if there are workers.
-    Raises RunError if there is too little of that: the system would kill the process without a word."""
+    """Each field of a rollout, [T + 1, N, ...]; row T becomes the next row 0. In shared memory, for workers."""
     size, fields = (args.num_steps + 1, args.local_envs), rollout_fields(args, env)
     need = sum(math.prod((*size, *shape)) * dtype.itemsize for dtype, shape in fields.values())
     need += sum(tensor.nbytes for tensor in actor.state_dict().values()) if actor else 0  # shared as well
     free = shutil.disk_usage("/dev/shm").free if args.workers and os.path.exists("/dev/shm") else math.inf
-    if need + 2**20 > free:
+    if need + 2**20 > free:  # the system would kill the process without a word
         mend = "enlarge /dev/shm (docker run --shm-size), give --num-workers 0, or lower --num-envs or --num-steps"
         raise RunError(f"a rollout needs {need >> 20:,} MB of shared memory, and {free >> 20:,} MB are free: {mend}")
     storage = {name: torch.zeros((*size, *shape), dtype=dtype) for name, (dtype, shape) in fields.items()}
@@ -643,9 +632,8 @@ def allocate(args: Args, env: gym.Env, actor: nn.Module | None = None) -> Tensor
 
 
 def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> Tensors:
-    """The agent's outputs for any number of observations, computed in batches of one fixed size: 1 or, rounded up, 4n.
-    Matrix kernels differ in the last bit from one batch size to another and, where it is no multiple of 4, from row to
-    row. So it makes no difference how many workers share the environments."""
+    """The agent's outputs for any number of observations, in batches of one size, 1 or 4n: however many workers share
+    the environments. Matrix kernels differ in the last bit between sizes and, in others than these, between rows."""
     batch, parts = 1 if batch == 1 else math.ceil(batch / 4) * 4, []
     for o, u in zip(obs.split(batch), uniform.split(batch)):
         if len(o) < batch:
@@ -656,9 +644,8 @@ def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> Tensors:
 
 @torch.inference_mode()
 def rollout(agent: Agent, envs: gym.vector.VectorEnv, storage: Tensors, generators: list, args: Args) -> tuple:
-    """Plays the steps of one rollout in each environment and stores them. envs must have SAME_STEP autoreset.
-    Environment i samples its actions from generators[i] of NumPy's. Returns the games that ended, each as (step of the
-    rollout in which it ended, environment, return, length), and the seconds by kind of work."""
+    """Plays and stores one rollout of envs, which must have SAME_STEP autoreset; generators[i], NumPy's, draws for the
+    i-th. Returns the games that ended, as (step of the rollout, i, return, length), and the seconds by kind of work."""
     num_steps, games, seconds, filled = args.num_steps, [], {"environment": 0.0, "inference": 0.0}, set()
     uniform = torch.from_numpy(np.stack([g.random(num_steps, np.float32) for g in generators], axis=1))
 
@@ -717,13 +704,11 @@ class Collector:
         return [(t, self.first + i, *score) for t, i, *score in games], seconds
 
     def get_state(self) -> list[dict[str, Any]]:
-        return [get_env_state(e) | {"generator": pack(g)} for e, g in zip(self.envs.envs, self.generators)]
+        return list(map(get_env_state, self.envs.envs, self.generators))
 
     def set_state(self, states: list[dict[str, Any]]) -> None:
-        with refusing("the games in the checkpoint do not fit"):
-            for env, generator, state in zip(self.envs.envs, self.generators, states, strict=True):
-                set_env_state(env, state)
-                unpack(generator, state["generator"])
+        for env, state, generator in zip(self.envs.envs, states, self.generators):
+            set_env_state(env, state, generator)
 
 
 def worker_main(pipe: connection.Connection, *collector_args: Any) -> None:
@@ -738,13 +723,11 @@ def worker_main(pipe: connection.Connection, *collector_args: Any) -> None:
             method, call_args = pipe.recv()
             pipe.send((getattr(collector, method)(*call_args), None))
     except Exception as error:
-        known = isinstance(error, (UsageError, RunError))
-        pipe.send((None, error if known else RunError(f"a rollout worker failed: {traceback.format_exc()}")))
+        pipe.send((None, error if isinstance(error, RunError) else RunError(f"in a worker: {traceback.format_exc()}")))
 
 
 class Workers:
-    """[core 1] The Collectors of a run, in processes that share the storage and the weights with the learner by memory.
-    --num-workers 0 makes one Collector in this process. The results are the same bit for bit."""
+    """[core 1] The Collectors of a run, in processes that share storage and weights, or in this one: --num-workers 0"""
 
     def __init__(self, args: Args, agent: Agent, storage: Tensors):
         bounds = np.linspace(0, args.local_envs, max(1, args.workers) + 1).astype(int).tolist()
@@ -764,8 +747,7 @@ class Workers:
         self.state_dict()  # waits until each has begun its games, and tells why one could not
 
     def call(self, method: str, *lists: list) -> list[Any]:
-        """Calls a method of every Collector at once; each list holds one argument per share of the environments. Raises
-        the error of one that failed, and RunError if one has died."""
+        """Calls a method of all Collectors, each with its part of the lists. Raises its error; RunError if one died."""
         if self.local:
             return [getattr(self.local, method)(*(values[0] for values in lists))]
         for pipe, *values in zip(self.pipes, *lists):
@@ -792,7 +774,7 @@ class Workers:
         return sum(self.call("get_state"), [])
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        self.call("set_state", [states[low:high] for low, high in self.shares])
+        self.call("set_state", [[states[i] for i in range(*share)] for share in self.shares])
 
 
 # ----------------------------------------------------------------------------------------------------------- 5 PPO
@@ -832,8 +814,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 def ppo_loss(new: Tensors, old: Tensors, args: Args, knobs: Tensors) -> tuple[Tensor, Tensors]:
     """The loss of one minibatch (Schulman et al., 2017), and what to log of it: any 0-dimensional tensors by name. new:
-    the agent's outputs for the minibatch, [B] each; old: the same rows of the rollout's fields, of advantage and of
-    return_. Reads norm_adv, clip_coef, clip_vloss and vf_coef of args, and ent_coef of knobs."""
+    the agent's outputs for it, [B] each; old: the same rows of the rollout's fields, of advantage and of return_."""
     advantage = normalize(old["advantage"]) if args.norm_adv else old["advantage"]
     log_ratio = new["log_prob"] - old["log_prob"]
     ratio = log_ratio.exp()
@@ -897,9 +878,8 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Tensors, args:
 
 
 def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
-    """The update `step`, of minibatches as long as rows, as a CUDA graph: one launch in place of hundreds. It repeats
-    what it recorded: plain numbers (args.clip_coef, say) and every `if` are frozen here; what changes must be a knob.
-    Leaves agent and optimizer as they were. If there can be no graph, says why in one line and returns `step`."""
+    """The update `step` as a CUDA graph: one launch in place of hundreds. Plain numbers (args.clip_coef, say) and every
+    `if` are frozen here: what changes must be a knob. If there can be no graph, says why and returns `step`."""
     before = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"], torch.cuda.get_rng_state()))
 
     def replay(new_rows: Tensor) -> Tensors:
@@ -953,14 +933,13 @@ class Learner:
             group |= {"lr": torch.tensor(float(group["lr"]), device=self.device), "capturable": self.graphed}
 
     def fill(self, storage: Tensors, **computed: Tensor) -> None:
-        """Makes a rollout [T + 1, N, ...], and what was computed from it [T, N], the batch: [T * N, ...] each. Its
-        tensors stay where they are: a CUDA graph reads them there."""
+        """Makes a rollout [T + 1, N, ...] and what was computed from it [T, N] the batch [T * N, ...], in place."""
         for name, source in ({name: tensor[:-1] for name, tensor in storage.items()} | computed).items():
             source = source.flatten(0, 1).to(self.device, non_blocking=True)
             if name not in self.batch:
                 layout = torch.channels_last if source.dim() == 4 else torch.contiguous_format
                 self.batch[name] = torch.empty_like(source, memory_format=layout)
-            self.batch[name].copy_(source)
+            self.batch[name].copy_(source)  # a CUDA graph reads it there
         if not self.on_gpu:
             return
         torch.cuda.manual_seed(int(torch.randint(2**31, ())))  # from the generator that a checkpoint holds
@@ -983,8 +962,7 @@ class Learner:
 
 # --------------------------------------------------------------------------------------------------- 6 run directory
 def write_file(path: Path, content: bytes | dict) -> None:
-    """Writes bytes, or a dictionary in torch's format, to a temporary name, flushes and renames it. At any moment the
-    path holds a whole file, old or new. Follows no link that lies in its directory."""
+    """Writes bytes, or a dictionary in torch's format: a whole file or, if it fails, the old one. Follows no link."""
     temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
     if isinstance(content, dict):
         torch.save(content, buffer)  # not to the file: there, a full disk would be a RuntimeError like any other
@@ -996,14 +974,12 @@ def write_file(path: Path, content: bytes | dict) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        with suppress(OSError):
-            temporary.unlink()  # half a file would help to keep a full disk full
+        temporary.unlink(missing_ok=True)  # half a file would help to keep a full disk full
 
 
 def load_file(path: Path, *keys: str) -> dict[str, Any]:
-    """A dictionary with these keys and finite "weights", written by write_file. Raises UsageError for anything else.
-    weights_only runs no code from it: a stranger's agent.pt can do no harm. A checkpoint.pt holds states of the
-    emulator, native code that believes them: resume only what is your own."""
+    """A dictionary with these keys and finite "weights"; UsageError for anything else. No code of it is run: an agent
+    can do no harm. The emulators in a checkpoint are native code that believes it: resume only what is your own."""
     with refusing(f"{path} is damaged or not of this script"), refusing(f"{path} does not exist", FileNotFoundError):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1023,8 +999,7 @@ class Nothing:
 
 
 class RunDirectory:
-    """What a run writes. What cannot be written (a full disk) is told, and when it can be again; the training goes on.
-    Belongs to one process at a time: raises UsageError if another has it, or if it cannot be opened."""
+    """What a run writes, by one process at a time, else UsageError. If it cannot (a full disk), training goes on."""
 
     def __init__(self, path: Path):
         import torch.utils.tensorboard  # noqa: F401  here, because the workers do without it
@@ -1046,8 +1021,8 @@ class RunDirectory:
                 part.close()
         os.close(self.lock)
 
-    def begin(self, args: Args, device: torch.device, dtype: torch.dtype, step: int) -> None:
-        """Writes args.json and says where the run is and what it runs on. Raises UsageError if it cannot."""
+    def begin(self, args: Args, device: torch.device, dtype: torch.dtype, step: int, sight: tuple) -> None:
+        """Writes args.json, or raises UsageError, says what runs where, and describes a new run in its events."""
         about = {"flags": args.flags, "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}}
         about["hardware"] = {"machine": platform.machine(), "cores": os.cpu_count(), "device": str(device)}
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -1061,18 +1036,26 @@ class RunDirectory:
             self.purge_step, self.kept = step + 1, f"the checkpoint of step {step:,} is kept"
         self.bar = tqdm(total=args.num_iterations * args.batch_size, initial=step, unit="steps", disable=None)  # no tty
         self.begun, self.printed = (time.perf_counter(), step), time.perf_counter()
+        if not args.resume:
+            rows = "".join(f"|{name}|{value}|\n" for name, value in args.flags.items())
+            first = ("charts/episodic_return", "charts/SPS", "losses/explained_variance", "losses/approx_kl")
+            charts = {"PPO": {tag: ["Multiline", [tag]] for tag in first}}
+            given = {name: value for name, value in args.flags.items() if value is not None}
+            tab = torch.utils.tensorboard.summary.hparams(given, {first[0]: 0})  # add_hparams would start a sub-run
+            self.events(lambda writer: writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"))
+            self.events(lambda writer: [*map(writer.file_writer.add_summary, tab), writer.add_custom_scalars(charts)])
+            self.picture("observation", *sight, step)
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
         """Around what writes. Its failure is told once, and once that it works again."""
-        failed, news = what in self.failing, "can be written again"
+        failed, news = False, "can be written again"
         try:
             yield
-            self.failing.discard(what)
         except (OSError, cv2.error) as error:
-            self.failing.add(what)
-            news = f"cannot be written: {error}; going on without"
+            failed, news = True, f"cannot be written: {error}; going on without"
         if failed != (what in self.failing):
+            self.failing ^= {what}
             say(f"ppo_atari.py: {what} {news}", sys.stderr)
 
     def write(self, name: str, content: bytes | dict) -> None:
@@ -1102,19 +1085,8 @@ class RunDirectory:
             left = timedelta(seconds=round((self.bar.total - step) / speed))
             say(f"step {step:,} of {self.bar.total:,}, {status}, {speed:,.0f} steps/s, {left} left")
 
-    def describe(self, flags: dict[str, Any], screen: np.ndarray, obs: np.ndarray) -> None:
-        """Hyperparameters, as text and for the HParams tab; the charts that matter first; what the agent sees."""
-        rows = "".join(f"|{name}|{value}|\n" for name, value in flags.items())
-        first = ("charts/episodic_return", "charts/SPS", "losses/explained_variance", "losses/approx_kl")
-        given = {name: value for name, value in flags.items() if value is not None}
-        tab = torch.utils.tensorboard.summary.hparams(given, {"charts/episodic_return": 0})
-        self.events(lambda writer: writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"))
-        self.events(lambda writer: writer.add_custom_scalars({"PPO": {tag: ["Multiline", [tag]] for tag in first}}))
-        self.events(lambda writer: [*map(writer.file_writer.add_summary, tab)])  # add_hparams would start a sub-run
-        self.picture("observation", screen, obs, 0)
-
-    def picture(self, tag: str, screen: np.ndarray, obs: np.ndarray, step: int) -> None:
-        """An image: the raw screen [H, W, 3] and, to its right, the stacked frames [k, L, L]."""
+    def picture(self, tag: str, obs: np.ndarray, screen: np.ndarray, step: int) -> None:
+        """What the agent sees, the stacked frames [k, L, L], to the right of the raw screen [H, W, 3]."""
         size = (len(screen), len(screen))
         frames = [cv2.cvtColor(cv2.resize(f, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB) for f in obs]
         image = np.concatenate([screen, *frames], axis=1)
@@ -1194,27 +1166,23 @@ def gather(mine: Any) -> list[Any]:
 
 
 def join_processes(args: Args, device: torch.device, stack: ExitStack) -> None:
-    """Makes torchrun's processes one group, until the stack ends: gloo between CPUs, NCCL between GPUs. After the
-    optimizer, which imports code that would keep the group alive. It waits for a day, as evaluations may be long."""
+    """Makes torchrun's processes a group until the stack ends. After the optimizer: its imports would keep it alive."""
     if args.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # evaluations may be long
         stack.callback(dist.destroy_process_group)
         if len(set(gather(device.type))) > 1:
             refuse("some of the processes have a GPU and some have none: give --no-cuda")
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM end a training after its iteration, and an evaluation between two steps of its games. A second
-    Ctrl-C ends everything at once. Until close()."""
+class StopRequest(ExitStack):
+    """Until close(), Ctrl-C and SIGTERM ask for an end between two iterations or steps, a second Ctrl-C for one now."""
 
     def __init__(self, doing: str):
+        super().__init__()
         self.signum, self.doing, self.pid = 0, doing, os.getpid()
-        self.handlers = {signum: signal.signal(signum, self.request) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    def close(self) -> None:
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self.callback(signal.signal, signum, signal.signal(signum, self.request))
 
     def request(self, signum: int, frame: object) -> None:
         if os.getpid() != self.pid:  # a worker that does not ignore it yet
@@ -1234,18 +1202,18 @@ class StopRequest:
 
 def shortage(error: Exception, args: Args) -> str | None:
     """One line about memory or files that the system refused, and what to do; None for any other error."""
-    lower, size = "lower --num-envs, --num-steps or --num-workers", args.batch_size * args.frame_stack / args.world_size
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is too small: lower --num-envs or --num-steps, or raise --num-minibatches"
-    for words, few, limit in (("Too many open", "open files", "-n"), ("temporarily unavailable", "processes", "-u")):
-        if words in str(error):
-            return (
-                f"too few {few} are allowed for {args.workers} workers: raise `ulimit {limit}` or lower --num-workers"
-            )
+    need = args.batch_size * args.frame_stack * args.frame_size**2 / args.world_size / 2**20
     known = "allocate memory|enough memory|bad.?alloc|new thread|create a primitive|inline_container|return without"
-    if isinstance(error, MemoryError) or re.search(known, str(error), re.IGNORECASE):
-        need = f"{size * args.frame_size**2 / 2**20:,.0f} MB, twice"
-        return f"too little memory, and a rollout alone needs {need}: {lower}, or raise `ulimit -v`"
+    few, or_else = f"are allowed for {args.workers} workers: raise `ulimit", "or lower --num-workers"
+    lower = "lower --num-envs, --num-steps or --num-workers, or raise `ulimit -v`"
+    for words, line in (
+        ("OutOfMemoryError", "too little GPU memory: lower --num-envs or --num-steps, or raise --num-minibatches"),
+        ("Too many open", f"too few open files {few} -n` {or_else}"),
+        ("temporarily unavailable", f"too few processes {few} -u` {or_else}"),
+        (f"MemoryError|{known}", f"too little memory, and a rollout alone needs {need:,.0f} MB, twice: {lower}"),
+    ):
+        if re.search(words, f"{type(error).__name__} {error}", re.IGNORECASE):
+            return line
     return None
 
 
@@ -1306,9 +1274,8 @@ def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
 
 @torch.inference_mode()
 def full_games(args: Args, agent: Any, num_games: int, stop: Any = None, film: Any = None, mode: Any = None) -> list:
-    """Plays full games side by side, through all lives, and returns (score, length) of each; once the StopRequest has a
-    signal, of those that have ended. agent=None plays at random. The stack is that of training: an agent for whom FIRE
-    was pressed has never learned to press it. The list `film` gets (screen, observation) of the first 5 minutes."""
+    """Plays full games side by side, through all lives, at random without an agent. Returns (score, length) of those
+    that end before the StopRequest has a signal. The list `film` gets (screen, observation) of the first 5 minutes."""
     generators = [np.random.default_rng([args.seed, 2**31, i]) for i in range(num_games)]
     envs, obs, results = [], [], {}
     while len(envs) < num_games and not (stop and stop.signum):
@@ -1338,8 +1305,7 @@ def full_games(args: Args, agent: Any, num_games: int, stop: Any = None, film: A
 
 
 def score_agent(args: Args, agent: Agent, step: int, run: RunDirectory | Nothing, stop: StopRequest) -> None:
-    """Plays --eval-episodes games on rank 0, prints and logs their scores beside a random policy's, writes eval.json. A
-    stop that is requested meanwhile ends it at once, without a result."""
+    """Rank 0 plays --eval-episodes games and tells, logs and writes their scores, unless a stop is requested."""
     film = [] if args.capture_video else None
     num_games = 0 if args.rank else args.eval_episodes
     games, random_games = (full_games(args, player, num_games, stop, f) for player, f in ((agent, film), (None, None)))
@@ -1357,7 +1323,7 @@ def score_agent(args: Args, agent: Agent, step: int, run: RunDirectory | Nothing
     if film:
         screens, observations = zip(*film)
         run.film(screens, step, max(1, round(60 / args.frame_skip)))
-        run.picture("eval/observation", screens[len(film) // 2], observations[len(film) // 2], step)
+        run.picture("eval/observation", observations[len(film) // 2], screens[len(film) // 2], step)
 
 
 def train(args: Args) -> int:
@@ -1366,7 +1332,7 @@ def train(args: Args) -> int:
     saved = load_file(Path(args.resume, "checkpoint.pt"), "ranks", "flags") if args.resume else {}
     torch.manual_seed(args.seed)  # the same weights in every process
     env = make_env(args, "rgb_array")
-    (first_obs, _), screen = env.reset(seed=args.seed), env.render()
+    sight = env.reset(seed=args.seed)[0], env.render()
     set_env_state(env, get_env_state(env))  # refuses, before anything starts, what a checkpoint would not bring back
     env.close()
     agent = make_agent(args, env)
@@ -1393,9 +1359,7 @@ def train(args: Args) -> int:
         step = state["iteration"] * args.batch_size
         if state["iteration"] >= args.num_iterations:
             return 0
-        run.begin(args, device, agent.dtype, step)
-        if not args.resume:
-            run.describe(args.flags, screen, first_obs)
+        run.begin(args, device, agent.dtype, step, sight)
         if learner.on_gpu:
             lock_pages(storage, stack)
 
@@ -1462,8 +1426,7 @@ def train(args: Args) -> int:
 
 def evaluate(args: Args) -> int:
     """--evaluate: the agent of a run directory or a file plays full games; with --play, it plays one in a window."""
-    path = Path(args.evaluate)
-    path = path / "agent.pt" if path.is_dir() else path
+    path = Path(args.evaluate, "agent.pt" if Path(args.evaluate).is_dir() else "")
     content = load_file(path, "flags")
     args = parse_args(args.argv, content["flags"], str(path))
     env, folder, step, run = make_env(args), Path(args.output or path.parent), content.get("step", 0), Nothing()
@@ -1480,13 +1443,12 @@ def evaluate(args: Args) -> int:
     agent = inference_copy(agent, choose_dtype(args, torch.device("cpu")))
     torch.set_num_threads(1)  # as in a worker; and waiting threads spin, which starves a training next to it
     try:
-        if args.output:
-            folder.mkdir(parents=True, exist_ok=True)
         if args.output or (folder / "checkpoint.pt").exists():  # and not beside an agent that somebody has published
+            folder.mkdir(parents=True, exist_ok=True)
             run = RunDirectory(folder) if os.access(folder, os.W_OK) else refuse(f"cannot write to {folder}")
     except (OSError, UsageError) as error:
         say(f"ppo_atari.py: {error}; the scores are shown here alone", sys.stderr)
-    with closing(StopRequest("stopping the evaluation")) as stop, closing(run):
+    with StopRequest("stopping the evaluation") as stop, closing(run):
         if not args.play:
             score_agent(args, agent, step, run, stop)
         for score, length in full_games(args, agent, 1, stop, None, "human") if args.play else ():

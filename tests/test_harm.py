@@ -149,7 +149,7 @@ def test_ctrl_c_at_ten_moments_of_the_start(tmp_path):
         list(pool.map(interrupted, range(len(moments))))
 
 
-@pytest.mark.parametrize("where", ["Learner", "open_run", "RunDirectory.begin", "RunDirectory.describe"])
+@pytest.mark.parametrize("where", ["Learner", "open_run", "RunDirectory.begin", "RunDirectory.picture"])
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_whatever_happens_ends_the_workers(where, error, tmp_path, monkeypatch, capfd):
     """An exception anywhere between their start and the first iteration: the exit code says so, and no worker is left,
@@ -579,6 +579,19 @@ def test_words_for_too_little_memory(text):
     args = ppo_atari.parse_args([])
     assert "--num-envs" in ppo_atari.shortage(RuntimeError(text), args)
     assert ppo_atari.shortage(RuntimeError("an index is out of range"), args) is None
+
+
+@pytest.mark.parametrize("words", [(), ("Unable to allocate 4.00 GiB for an array",)])
+def test_too_little_memory_in_a_worker(words, tmp_path, monkeypatch, capfd):
+    """NumPy's MemoryError has words of its own, Python's has none."""
+
+    def rollout(*args):
+        raise MemoryError(*words)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo_atari, "rollout", rollout)
+    code, _, error = here(capfd, *TINY, 32, "--num-workers", 2, "--start-method", "fork")
+    assert code == 1 and error.count("\n") == 1 and "--num-envs" in error and not workers_left(), error
 
 
 # --- Values from files pass the same door --------------------------------------------------------------------------
