@@ -41,6 +41,7 @@ import itertools
 import json
 import math
 import platform
+import random
 import re
 import shutil
 import subprocess
@@ -56,10 +57,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
-from functools import partial
+from functools import partial, reduce
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import ale_py
@@ -263,34 +264,39 @@ def derive(args: Args) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- 2 environment
-def pack(value: Any) -> Any:
+def pack(value: Any, is_key: bool = False) -> Any:
     """A copy, for torch.load(weights_only=True), of numbers, text, tensors, NumPy's arrays and generators, torch's
-    generators, whatever has a state_dict, and lists, tuples, deques and dictionaries. Of anything else, UsageError."""
+    generators, whatever has a state_dict, and lists, tuples, deques and dictionaries, whose keys become Python's
+    numbers and text. Of anything else, UsageError."""
     if hasattr(value, "state_dict"):
         return pack(value.state_dict())
     if isinstance(value, (torch.Generator, np.random.Generator)):
         return value.get_state() if isinstance(value, torch.Generator) else pack(value.bit_generator.state)
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
+    if isinstance(value, np.generic) and is_key:
+        return value.item()
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
-        return {"ndarray": torch.tensor(np.ascontiguousarray(value).reshape(value.shape))}
+        array = np.array(value, order="C")  # signed, because torch sends no tensor of uint32 to another process
+        signed = array.view(f"i{array.itemsize}") if array.dtype.kind == "u" else array
+        return {"ndarray": torch.tensor(signed), "dtype": array.dtype.name}
     if isinstance(value, dict):
-        return {name: pack(part) for name, part in value.items()}
+        return {pack(name, True): pack(part) for name, part in value.items()}
     if isinstance(value, deque):
         return {"deque": pack(list(value)), "maxlen": value.maxlen}
     if type(value) in (list, tuple):
-        return type(value)(map(pack, value))
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return type(value)(pack(part, is_key) for part in value)
+    if type(value) in (type(None), bool, int, float, str, bytes):
         return value
-    raise UsageError(f"a checkpoint cannot hold a {type(value).__name__}: see pack()")
+    raise UsageError(f"a checkpoint cannot hold a {type(value).__name__}; keep its parts: see pack()")
 
 
 def unpack(current: Any, kept: Any) -> Any:
     """What pack() kept, put back into `current` where that can be changed in place. An error of any kind: no fit."""
-    if isinstance(current, Tensor):
-        return current.copy_(kept.view(current.dtype).view(current.shape))
-    if isinstance(kept, dict) and kept.keys() == {"ndarray"}:
-        kept = kept["ndarray"].numpy().copy()[()]  # [()]: a number of NumPy's, if it was one
+    if isinstance(current, Tensor):  # an empty one may have grown
+        return current.copy_(kept.view(current.dtype).view(current.shape)) if current.numel() else kept.to(current)
+    if isinstance(kept, dict) and kept.keys() == {"ndarray", "dtype"}:
+        kept = kept["ndarray"].numpy().view(kept["dtype"]).copy()[()]  # [()]: a number of NumPy's, if it was one
     elif isinstance(kept, dict) and kept.keys() == {"deque", "maxlen"}:
         kept = deque(unpack(None, kept["deque"]), kept["maxlen"])
     elif isinstance(kept, dict):
@@ -301,8 +307,11 @@ def unpack(current: Any, kept: Any) -> Any:
         old = [*current] if type(current) is type(kept) else []
         old = [None if isinstance(part, (Tensor, np.ndarray)) else part for part in old]  # it may stand there twice
         kept = type(kept)(map(unpack, old + [None] * len(kept), kept))
-    numbers = [isinstance(x, (int, float, np.generic, np.ndarray)) and np.ndim(x) == 0 for x in (current, kept)]
-    kinds = [(type(x), getattr(x, "dtype", None), getattr(x, "ndim", None)) for x in (current, kept)]
+    both = current, kept
+    numbers = [isinstance(x, (int, float, np.generic, np.ndarray)) and np.ndim(x) == 0 for x in both]
+    kinds = [
+        (dict if isinstance(x, dict) else type(x), *(getattr(x, y, None) for y in ("dtype", "ndim"))) for x in both
+    ]
     if hasattr(current, "load_state_dict"):
         current.load_state_dict(kept)
     elif isinstance(current, torch.Generator):
@@ -429,23 +438,25 @@ class ClipRewardEnv(gym.RewardWrapper):
 
 
 class FrameStack(gym.ObservationWrapper):
-    """[atari 7] The last k frames [k, L, L], oldest first; after a reset, the first one k times (Mnih et al., 2015)."""
+    """[atari 7] The last k frames [k, L, L], oldest first; after a reset, the first one k times (Mnih et al., 2015).
+    Of frames [C, L, L]: [k * C, L, L]."""
 
     saved = ("frames",)
 
     def __init__(self, env: gym.Env, k: int = 4):
         super().__init__(env)
-        self.frames = np.zeros((k, *env.observation_space.shape), np.uint8)
-        self.observation_space = gym.spaces.Box(0, 255, self.frames.shape, np.uint8)
+        space, self.frames = env.observation_space, np.repeat(env.observation_space.low[None], k, axis=0)
+        shape = (math.prod(self.frames.shape[:-2]), *space.shape[-2:])
+        self.observation_space = gym.spaces.Box(space.low.min(), space.high.max(), shape, space.dtype)
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
         self.frames[:] = obs
-        return self.frames.copy(), info
+        return self.observation(obs), info
 
     def observation(self, frame: np.ndarray) -> np.ndarray:
         self.frames = np.concatenate([self.frames[1:], frame[None]])
-        return self.frames.copy()
+        return self.frames.reshape(self.observation_space.shape).copy()
 
 
 for _stateless in (NoopResetEnv, MaxAndSkipEnv, FireResetEnv, WarpFrame, ClipRewardEnv):
@@ -476,14 +487,18 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def saved_attributes(env: gym.Env) -> Iterator[tuple[gym.Env, str]]:
-    """What the wrappers declare with `saved`, base classes included. UsageError for one that declares nothing."""
+    """What the wrappers declare with `saved`, base classes included: attributes, or parts of such, as "stats.mean".
+    UsageError for a wrapper that declares nothing, or what it lacks."""
     while env is not env.unwrapped:
         declared = [vars(part)["saved"] for part in (env, *type(env).__mro__) if "saved" in vars(part)]
-        names = dict.fromkeys(itertools.chain(*declared))
-        if not declared or not all(hasattr(env, name) for name in names):
+        if not declared:
             what = "`saved = ()`, or with the names of its attributes that change during a game"
             refuse(f"{type(env).__name__} needs {what}; on the class or, in make_env, on a stock wrapper's instance")
-        yield from ((env, name) for name in names)
+        for name in dict.fromkeys(itertools.chain(*declared)):
+            with refusing(f"`saved` of {type(env).__name__}", AttributeError):
+                *path, last = name.split(".")
+                getattr(owner := reduce(getattr, path, env), last)
+            yield owner, last
         env = env.env
 
 
@@ -599,7 +614,8 @@ def make_agent(args: Args, env: gym.Env) -> Agent:
 
 
 def inference_copy(agent: Agent, dtype: torch.dtype) -> Agent:
-    """A copy that acts: in eval mode, with the network's weights kept in the dtype it computes in."""
+    """A copy that acts: in eval mode, with the network's weights kept in the dtype it computes in. Before each rollout,
+    it gets the agent's parameters and buffers; what else the agent changes in itself, or Dropout, it acts without."""
     clone = copy.deepcopy(agent).requires_grad_(False).eval()
     clone.dtype = dtype
     for network in filter(None, (clone.network, clone.critic_network)):
@@ -614,7 +630,8 @@ def inference_copy(agent: Agent, dtype: torch.dtype) -> Agent:
 def rollout_fields(args: Args, env: gym.Env) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What a rollout keeps of each step in each environment: name, type and shape. The loss reads the same names.
     Filled with the agent's outputs of these names, and by store() in rollout(). done: 1 where obs starts an episode."""
-    fields = {"obs": (torch.uint8, env.observation_space.shape), "action": (torch.int64, ())}
+    obs = (getattr(torch, env.observation_space.dtype.name), env.observation_space.shape)
+    fields = {"obs": obs, "action": (torch.int64, ())}
     return fields | dict.fromkeys(("reward", "done", "log_prob", "value"), (torch.float32, ()))
 
 
@@ -646,7 +663,8 @@ def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> Tensors:
 def rollout(agent: Agent, envs: gym.vector.VectorEnv, storage: Tensors, generators: list, args: Args) -> tuple:
     """Plays and stores one rollout of envs, which must have SAME_STEP autoreset; generators[i], NumPy's, draws for the
     i-th. Returns the games that ended, as (step of the rollout, i, return, length), and the seconds by kind of work."""
-    num_steps, games, seconds, filled = args.num_steps, [], {"environment": 0.0, "inference": 0.0}, set()
+    num_steps, games, filled = args.num_steps, [], {("obs", 0), ("done", 0)}
+    seconds = {"environment": 0.0, "inference": 0.0}
     uniform = torch.from_numpy(np.stack([g.random(num_steps, np.float32) for g in generators], axis=1))
 
     def store(t: int, **values: Tensor) -> None:
@@ -657,7 +675,8 @@ def rollout(agent: Agent, envs: gym.vector.VectorEnv, storage: Tensors, generato
 
     for env in envs.envs:
         forget_last_action(env)
-    store(0, obs=storage["obs"][num_steps], done=storage["done"][num_steps])
+    for field in storage.values():
+        field[0] = field[num_steps]
     for t in range(num_steps):
         started = time.perf_counter()
         outputs = act(agent, storage["obs"][t], uniform[t], args.inference_batch)
@@ -695,12 +714,14 @@ class Collector:
         self.storage["done"][-1] = 1
 
     def rollout(self) -> tuple[list, dict]:
-        threads, drawn = torch.get_num_threads(), torch.get_rng_state()
+        drawn = lambda: (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())  # noqa: E731
+        threads, before = torch.get_num_threads(), drawn()
         torch.set_num_threads(1)  # a small batch gains nothing from threads, and results must not depend on them
         games, seconds = rollout(self.agent, self.envs, self.storage, self.generators, self.args)
         torch.set_num_threads(threads)
-        if not torch.equal(drawn, torch.get_rng_state()):  # each worker has its own, which no checkpoint holds
-            raise RunError("the agent drew from torch's generator while acting: draw from `uniform` instead")
+        if drawn() != before:  # each worker has its own, which no checkpoint holds
+            mend = "use `uniform`, a buffer of the agent filled once an iteration, or self.np_random in a wrapper"
+            raise RunError(f"torch's, NumPy's or Python's own generator was drawn from while acting: {mend}")
         return [(t, self.first + i, *score) for t, i, *score in games], seconds
 
     def get_state(self) -> list[dict[str, Any]]:
@@ -915,7 +936,7 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
 
 class Learner:
     """The agent on its device with all that trains it: optimizer, knobs, and the batch that a rollout becomes.
-    Parameters may be frozen; several groups of the optimizer each keep their proportion to the learning rate."""
+    Parameters may be frozen. The optimizer's groups follow the knob learning_rate in proportion, not a scheduler."""
 
     def __init__(self, args: Args, agent: Agent, device: torch.device, dtype: torch.dtype):
         self.args, self.agent, self.device, self.on_gpu = args, agent.to(device), device, device.type == "cuda"
@@ -1243,9 +1264,11 @@ def open_run(args: Args) -> RunDirectory | Nothing:
 
 def save(run: RunDirectory | Nothing, state: dict[str, Any], args: Args, step: int) -> None:
     """Writes agent.pt, to evaluate and to share, and checkpoint.pt, to go on: the state of each process."""
-    ranks = gather(pack(state))
-    agent = {"weights": ranks[0]["weights"], "flags": args.flags, "step": step}
+    agent = {"weights": pack(state["weights"]), "flags": args.flags, "step": step}
     run.write("agent.pt", agent)
+    ranks, names = gather(pack(state)), [name for name, _ in state["weights"].named_parameters()]
+    if any(not torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks for name in names):
+        raise RunError(f"the processes' weights differ: average every loss's gradients, as update() does; {run.kept}")
     run.write("checkpoint.pt", agent | ranks[0] | {"ranks": ranks[1:]})
     if args.rank == 0 and "checkpoint.pt" not in run.failing:
         run.kept = f"the checkpoint of step {step:,} is kept"
@@ -1259,6 +1282,8 @@ def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
         if other := [name for name, value in args.identity.items() if saved["flags"].get(name, value) != value]:
             raise ValueError(f"{other[0]} is {saved['flags'][other[0]]}")
         mine = [saved, *saved["ranks"]][args.rank]
+        if odd := (mine.keys() ^ state.keys()) - {"flags", "step", "ranks"}:
+            raise ValueError(f"{min(odd)!r} is in one of it and `state` only")
         unpack(state, {name: mine[name] for name in state})
         for parameter, memory in state["optimizer"].state.items():
             if not memory or any(memory[x].shape != parameter.shape for x in ("exp_avg", "exp_avg_sq") if x in memory):
@@ -1270,6 +1295,7 @@ def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
         complete = f"{args.resume} is complete; a larger --total-timesteps goes on, --evaluate plays its agent"
         if args.rank == 0 and (done >= args.num_iterations or args.total_timesteps != before):
             say(complete if done >= args.num_iterations else longer)
+        saved.clear()  # some 20 MB
 
 
 @torch.inference_mode()
@@ -1339,6 +1365,8 @@ def train(args: Args) -> int:
     actor = inference_copy(agent, choose_dtype(args, torch.device("cpu")))
     storage = allocate(args, env, actor)
     torch.manual_seed(args.seed * 1000 + args.rank)
+    np.random.seed([args.seed, args.rank])  # this one and the next for what users add
+    random.seed(args.seed * 1000 + args.rank)
     shuffler = torch.Generator().manual_seed(args.seed * 1000 + args.rank)
     with ExitStack() as stack:
         stack.callback((stop := StopRequest("stopping as soon as everything has started")).close)
@@ -1346,19 +1374,19 @@ def train(args: Args) -> int:
         device = choose_device(args)
         learner = Learner(args, agent, device, choose_dtype(args, device))
         join_processes(args, device, stack)
-        stack.callback((run := open_run(args)).close)
         state = {  # all that changes during training: a checkpoint holds it. Change it in place, or as state[name]
             "weights": agent, "optimizer": learner.optimizer, "knobs": dict(learner.knobs), "iteration": 0,
-            "recent": deque(maxlen=100), "shuffler": shuffler, "generator": torch.default_generator,
-            "environments": workers, "obs": storage["obs"][-1], "done": storage["done"][-1],
+            "recent": deque(maxlen=100), "environments": workers, "row": {name: x[-1] for name, x in storage.items()},
+            "generators": [shuffler, torch.default_generator, np.random.Generator(np.random.get_bit_generator())],
+            "random": SimpleNamespace(state_dict=random.getstate, load_state_dict=random.setstate),
         }  # fmt: skip
         if args.resume:
             load(state, saved, args)
-        del saved  # some 20 MB
         pack(state)  # refuses now, and not after hours, what a checkpoint cannot hold
         step = state["iteration"] * args.batch_size
         if state["iteration"] >= args.num_iterations:
             return 0
+        stack.callback((run := open_run(args)).close)
         run.begin(args, device, agent.dtype, step, sight)
         if learner.on_gpu:
             lock_pages(storage, stack)
@@ -1393,10 +1421,11 @@ def train(args: Args) -> int:
             scalars = {f"losses/{name}": float(mean) for name, mean in means.items()}
             if not math.isfinite(scalars["losses/grad_norm"]):
                 raise RunError(f"iteration {iteration}: the loss or its gradient is not finite; {run.kept}")
+            if iteration == 1 and stats[0].get("approx_kl", 0) > 1e-3:  # 0, up to a GPU's rounding
+                say("ppo_atari.py: the agent acts otherwise than it learns: see inference_copy()", sys.stderr)
             scalars["losses/explained_variance"] = explained_variance(values[:-1], returns)
             scalars |= {f"charts/{name}": float(knob) for name, knob in learner.knobs.items()}
-            now = time.perf_counter()
-            seconds |= {"update": now - rolled_out}
+            seconds["update"] = (now := time.perf_counter()) - rolled_out
             scalars |= {f"time/{work}": spent / (now - started) for work, spent in seconds.items()}
             scalars["charts/SPS"] = args.batch_size / (now - started)
             points = []

@@ -1,12 +1,15 @@
 """Two processes under torchrun train one agent, and do what one process would do."""
 
+import copy
 import json
 import os
 import re
 import shutil
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +26,8 @@ from launch import (
     wait_for,
     weights,
 )
+
+import ppo_atari
 
 STEPS, ENVS, ITERATIONS = 300, 4, 4
 FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-envs", ENVS, "--num-steps", STEPS, "--frame-size", 36,
@@ -155,13 +160,31 @@ def test_explained_variance_is_that_of_all_data(pair):
 
 
 def test_checkpoint_holds_the_state_of_each_rank(pair):
-    """Each rank has its own games and its own shuffler; what trains is the same in both."""
+    """Each rank has its own games and its own generators; what trains is the same in both."""
     first = torch.load(pair / "checkpoint.pt", weights_only=True)
     (second,) = first["ranks"]
     assert second.keys() == first.keys() - {"flags", "step", "ranks"}
     different = {name for name in second if differences(first[name], second[name])}
-    assert different - {"done"} == {"shuffler", "generator", "environments", "obs"}
+    assert different == {"generators", "random", "environments", "row"}
+    assert all(differences(*both) for both in zip(first["generators"], second["generators"], strict=True))
     assert len(first["environments"]) == len(second["environments"]) == ENVS // 2
+
+
+def test_weights_that_drift_apart_are_told(tmp_path, monkeypatch):
+    """A loss of one's own whose gradients nobody averages: only rank 0's weights would be published. A buffer may
+    differ, as the noise of a NoisyNet does."""
+    agent = torch.nn.BatchNorm1d(3)
+    other = copy.deepcopy(agent)
+    other.running_mean += 1
+    state, args = {"weights": agent, "iteration": 1}, SimpleNamespace(flags={}, rank=0)
+    monkeypatch.setattr(ppo_atari, "gather", lambda mine: [mine, mine | {"weights": other.state_dict()}])
+    (tmp_path / "run").mkdir()
+    with closing(ppo_atari.RunDirectory(tmp_path / "run")) as run:
+        ppo_atari.save(run, state, args, 8)
+        other.weight.data[0] += 1e-6
+        with pytest.raises(ppo_atari.RunError, match="weights differ"):
+            ppo_atari.save(run, state, args, 16)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 8
 
 
 def test_two_ranks_do_what_one_process_does(pair, tmp_path):

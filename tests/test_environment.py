@@ -1,8 +1,10 @@
 """Section 2: the seven wrappers, each against the emulator or a slow version of its own, and what is saved of them."""
 
+import enum
 import io
 import multiprocessing
-from collections import deque, namedtuple
+import pickle
+from collections import Counter, defaultdict, deque, namedtuple
 from types import SimpleNamespace
 
 import ale_py
@@ -484,6 +486,75 @@ def test_a_stock_wrapper_is_declared_where_it_is_made():
     p.set_env_state(env, through_a_file(p.get_env_state(env)))
 
 
+def test_a_stock_wrapper_keeps_its_statistics():
+    """NormalizeReward divides by a running deviation, which lies in an object of its own: its parts, by their names."""
+
+    def make():
+        env = gym.wrappers.NormalizeReward(make_env(args_for("ALE/Breakout-v5", "--no-clip-reward")))
+        env.saved = ("return_rms.mean", "return_rms.var", "return_rms.count", "discounted_reward")
+        env.reset(seed=1)
+        return env
+
+    def rewards(env, actions):
+        for action in actions:
+            _, reward, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                env.reset()
+            yield float(reward)
+
+    env, twin = make(), make()
+    actions = np.random.default_rng(1).integers(4, size=600)
+    list(rewards(env, actions[:300]))
+    state = through_a_file(p.get_env_state(env))
+    expected = list(rewards(env, actions))
+    p.set_env_state(twin, state)
+    assert list(rewards(twin, actions)) == expected and any(reward not in (0, 1) for reward in expected)
+    env.saved = ("return_rms",)
+    with pytest.raises(p.UsageError, match="RunningMeanStd.*its parts"):
+        p.get_env_state(env)
+    env.saved = ("return_rms.median",)
+    with pytest.raises(p.UsageError, match="NormalizeReward.*median"):
+        p.get_env_state(env)
+
+
+def test_frames_in_colour():
+    """A wrapper that gives [3, L, L]: the stack has the channels of the oldest frame first."""
+
+    class Colours(gym.ObservationWrapper):
+        def __init__(self, env):
+            super().__init__(env)
+            self.observation_space = gym.spaces.Box(0, 255, (3, 4, 4), np.uint8)
+
+        def observation(self, screen):
+            return screen.transpose(2, 0, 1) * np.array([1, 2, 3], np.uint8)[:, None, None]
+
+    env = p.FrameStack(Colours(ScriptedGame([(0, 3, False)] * 3)), 2)
+    assert env.observation_space.shape == (6, 4, 4)
+    first = env.reset()[0]
+    obs = [first, *(env.step(0)[0] for _ in range(3))]
+    assert all(one.shape == (6, 4, 4) and one.dtype == np.uint8 for one in obs)
+    frames = [one[:, 0, 0].tolist() for one in obs]
+    assert frames[0][:3] == frames[0][3:] and all(b[:3] == a[3:] for a, b in zip(frames, frames[1:], strict=False))
+    assert all(frame[4] == 2 * frame[3] % 256 and frame[5] == 3 * frame[3] % 256 for frame in frames)
+    assert len({tuple(frame) for frame in frames}) > 2
+
+
+def test_frames_that_are_not_bytes():
+    """Scaled beneath the stack: neither a reset nor a step rounds them."""
+
+    def scaled(env):
+        space = gym.spaces.Box(-1, 1, env.observation_space.shape[:2], np.float32)
+        return gym.wrappers.TransformObservation(env, lambda screen: (screen[..., 0] / 256).astype(np.float32), space)
+
+    env = p.FrameStack(scaled(ScriptedGame([(0, 3, False)] * 3)), 2)
+    assert env.observation_space == gym.spaces.Box(-1, 1, (2, 4, 4), np.float32)
+    obs = [env.reset()[0], *(env.step(0)[0] for _ in range(2))]
+    assert all(one.dtype == np.float32 for one in obs)
+    first = obs[0][0, 0, 0]
+    assert first == 201 / 256
+    assert [one[:, 0, 0].tolist() for one in obs] == [[first, first], [first, 1 / 256], [1 / 256, 2 / 256]]
+
+
 def test_another_games_state_is_refused():
     """The emulator believes what it is given: bytes that are not of this game never reach it."""
     env, other = make_env(args_for("ALE/Breakout-v5")), make_env(args_for("ALE/Pong-v5"))
@@ -502,6 +573,7 @@ class Opaque:
 
 
 Point = namedtuple("Point", "x y")
+Number = enum.IntEnum("Number", "ONE")
 REFUSED = [
     Opaque(),
     Point(1, 2),
@@ -510,6 +582,10 @@ REFUSED = [
     deque([print]),
     np.array([Opaque()]),
     np.array(["text"]),
+    np.str_("text"),
+    Number.ONE,
+    {Opaque(): 1},
+    {(1, Point(1, 2)): 1},
     Opaque,
 ]
 
@@ -539,6 +615,7 @@ KEPT = {
     "tuples": ((0, (0.0, 0)), (1, (2.5, 3))),
     "numbers of numpy": (None, (np.float32(0.1), np.float64(2.5), np.int16(3), np.bool_(True))),
     "array": (np.zeros((2, 3), np.uint8), np.arange(6, dtype=np.uint8).reshape(2, 3)),
+    "unsigned arrays": (None, [np.array([2**32 - 1, 0], np.uint32), np.uint16(65535), np.uint64(2**64 - 1)]),
     "array with gaps": (None, np.arange(8.0)[::-2]),
     "arrays of other types": (None, [np.zeros((0, 2), np.float32), np.array([True]), np.array([2**63], np.uint64)]),
     "a dictionary that grew": ({}, {"room 1": 3, 7: [np.ones(2)]}),
@@ -551,6 +628,9 @@ KEPT = {
     "tensors": ({"a": torch.zeros(1)}, {"a": torch.ones(1), "b": torch.ones(2, 0, dtype=torch.bfloat16)}),
     "a list of tensors": ([], [torch.ones(2), [torch.arange(3)]]),
     "a list that held the same twice": ([np.zeros(2)] * 2, [np.ones(2), np.full(2, 2.0)]),
+    "counts": (Counter(), Counter({"room 1": 3, (1, b"x"): 2})),
+    "counts by default": (defaultdict(int), defaultdict(int, {7: 3})),
+    "a tensor that grew": (torch.zeros(0, 3), torch.ones(2, 3)),
     "a number where an array without a dimension was": (np.zeros(()), np.float64(1.5)),
 }
 
@@ -558,10 +638,21 @@ KEPT = {
 @pytest.mark.parametrize(("fresh", "value"), KEPT.values(), ids=KEPT)
 def test_what_a_checkpoint_holds_comes_back(fresh, value):
     """What stood in its place does not matter; a tensor and a dictionary are changed in place."""
-    kept = through_a_file(p.pack(value))
+    kept = pickle.loads(pickle.dumps(through_a_file(p.pack(value))))  # the other processes of torchrun get it so
     back = p.unpack(fresh, kept)
     assert same(value, back), back
-    assert back is fresh or not isinstance(fresh, torch.Tensor | dict)
+    assert back is fresh or not isinstance(fresh, torch.Tensor | dict) or not len(fresh)
+    if isinstance(fresh, defaultdict):
+        assert back["never seen"] == 0
+
+
+def test_counts_by_what_numpy_gives():
+    """Keys that look alike to a dictionary: the count of a state is found again, by NumPy's numbers or Python's."""
+    code = np.arange(3, dtype=np.uint8)
+    counts = {code[1]: 1, tuple(code): 2, (0, (np.float32(0.5), "x")): 3, np.bool_(True): 4, np.str_("room"): 5}
+    back = p.unpack({}, through_a_file(p.pack(counts)))
+    assert back == counts and back[tuple(code)] == 2 and back["room"] == 5
+    assert not any(isinstance(key, np.generic) for key in back)
 
 
 KINDS_OF_GENERATORS = [np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64]

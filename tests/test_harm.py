@@ -671,6 +671,10 @@ def first(saved: dict) -> dict:
     return saved["environments"][0]
 
 
+def frames(saved: dict) -> dict:
+    return first(saved)["wrappers"][0]
+
+
 def moments(saved: dict) -> dict:
     return saved["optimizer"]["state"][0]
 
@@ -702,14 +706,16 @@ CHECKPOINTS = {name: change for name, change in AGENTS.items() if "step" not in 
     "no ranks": lambda c: c.pop("ranks"),
     "a rank 5": lambda c: c.update(ranks=[5]),
     "ranks by name": lambda c: c.update(ranks={"0": {}}),
-    "observations of another shape": lambda c: c.update(obs=c["obs"][:, :2].clone()),
-    "no observations": lambda c: c.pop("obs"),
+    "observations of another shape": lambda c: c["row"].update(obs=c["row"]["obs"][:, :2].clone()),
+    "no observations": lambda c: c["row"].pop("obs"),
+    "state of another script": lambda c: c.update(counts={"room": 1}),
+    "no generators": lambda c: c.pop("generators"),
     "moments of another shape": lambda c: moments(c).update(exp_avg=torch.zeros(3)),
     "moments without a shape": lambda c: moments(c).update(exp_avg_sq=torch.tensor(0.0)),
     "moments in words": lambda c: moments(c).update(exp_avg="x"),
     "no moments": lambda c: c["optimizer"]["state"].update({0: {}}),
     "no optimizer": lambda c: c.update(optimizer={}),
-    "a generator's half": lambda c: c.update(shuffler=c["shuffler"][:100].clone()),
+    "a generator's half": lambda c: c.update(generators=[c["generators"][0][:100].clone(), *c["generators"][1:]]),
     "knobs 5": lambda c: c.update(knobs=5),
     "no knobs": lambda c: c.update(knobs={}),
     "a game less": lambda c: c["environments"].pop(),
@@ -722,7 +728,9 @@ CHECKPOINTS = {name: change for name, change in AGENTS.items() if "step" not in 
     "a game's generator, gone": lambda c: first(c).pop("generator"),
     "a game's generator in words": lambda c: first(c).update(generator={"state": "x"}),
     "frames 5": lambda c: first(c)["wrappers"].__setitem__(0, 5),
-    "frames of another shape": lambda c: first(c)["wrappers"].__setitem__(0, {"ndarray": torch.zeros(3)}),
+    "frames of another shape": lambda c: frames(c).update(ndarray=torch.zeros(3, dtype=torch.int8)),
+    "frames of another type": lambda c: frames(c).update(dtype="int8"),
+    "frames of objects": lambda c: frames(c).update(dtype="O"),
     "a wrapper less": lambda c: first(c)["wrappers"].pop(),
     "of a run with another seed": lambda c: c["flags"].update(seed=2),
     "of a run with another gamma": lambda c: c["flags"].update(gamma=0.5),

@@ -1,5 +1,6 @@
 """Sections 4 and 8: same seed, same weights, however the work is shared out; nobody is left behind when one dies."""
 
+import inspect
 import json
 import math
 import multiprocessing
@@ -262,19 +263,120 @@ def test_a_users_wrapper_is_resumed_exactly(workers, tmp_path, monkeypatch, watc
     assert_same_run(interrupted(tmp_path / "pieces", monkeypatch, watch, *TWO, "--num-workers", workers), whole)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_agent_that_draws_while_acting_is_refused(workers, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("draw", "workers"),
+    [(lambda: torch.randint(2, ()), 0), (lambda: torch.randint(2, ()), 2), (lambda: np.random.randint(2), 2),
+     (lambda: random.randrange(2), 0)],
+    ids=["torch", "torch in a worker", "NumPy in a worker", "Python"],
+)  # fmt: skip
+def test_an_agent_that_draws_while_acting_is_refused(draw, workers, tmp_path, monkeypatch, capfd):
     """Workers have generators of their own, which no checkpoint holds: such a run could not be resumed exactly."""
     monkeypatch.chdir(tmp_path)
     evaluate = ppo_atari.Agent.get_action_and_value
 
     def noisy(self, obs, *args, **kwargs):
-        return evaluate(self, obs + torch.randint(2, obs.shape, dtype=torch.uint8), *args, **kwargs)
+        return evaluate(self, obs + int(draw()), *args, **kwargs)
 
     monkeypatch.setattr(ppo_atari.Agent, "get_action_and_value", noisy)
     code, _, error = here(capfd, *SHORT, "--num-workers", workers)
     assert code == 1 and error.count("\n") == 1 and "`uniform`" in error
     assert not multiprocessing.active_children()
+
+
+def test_a_learner_that_draws_is_resumed_exactly(tmp_path, monkeypatch, watch):
+    """As from a replay memory: NumPy's and Python's own generators are seeded, and go on where they were."""
+    update = ppo_atari.update
+
+    def drawing(agent, optimizer, batch, args, knobs, rows):
+        rows = rows[torch.from_numpy(np.random.permutation(len(rows)))][random.randrange(len(rows) // 2) :]
+        return update(agent, optimizer, batch, args, knobs, rows)
+
+    monkeypatch.setattr(ppo_atari, "update", drawing)
+    whole = trained(tmp_path / "whole", monkeypatch, *TWO, "--num-workers", "2")
+    np.random.seed(0)
+    random.seed(0)
+    assert_same_run(interrupted(tmp_path / "pieces", monkeypatch, watch, *TWO, "--num-workers", "2"), whole)
+
+
+def test_observations_that_are_not_bytes(tmp_path, monkeypatch, watch):
+    """A wrapper that scales to [0, 1]: the network gets in training what the environment gives."""
+    make_env, seen = ppo_atari.make_env, []
+
+    def scaled(*args, **kwargs):
+        env = make_env(*args, **kwargs)
+        space = gym.spaces.Box(0, 1, env.observation_space.shape, np.float32)
+        env = gym.wrappers.TransformObservation(env, lambda obs: (obs / 255).astype(np.float32), space)
+        env.saved = ()
+        return env
+
+    monkeypatch.setattr(ppo_atari, "make_env", scaled)
+    watch(ppo_atari, "ppo_loss", before=lambda given: seen.append(given["old"]["obs"]))
+    trained(tmp_path / "run", monkeypatch, "--no-scale-obs", "--num-workers", "2")
+    assert all(obs.dtype == torch.float32 and 0.3 < obs.max() <= 1 for obs in seen) and len(seen) == 4 * 16
+    assert torch.equal(seen[0], (seen[0] * 255).round() / 255) and len(seen[0].unique()) > 5
+
+
+def test_what_the_last_step_left_is_there_at_the_first(tmp_path, monkeypatch, watch):
+    """Row T of every field is the next rollout's row 0, after a resume too: as a recurrent policy needs it."""
+    fields, act, seen = ppo_atari.rollout_fields, ppo_atari.act, []
+
+    def with_memory(*args):
+        return fields(*args) | {"memory": (torch.float32, (2,))}
+
+    def remembering(agent, obs, uniform, batch):
+        outputs = act(agent, obs, uniform, batch)
+        return outputs | {"memory": torch.stack([outputs["value"], uniform], 1)}
+
+    monkeypatch.setattr(ppo_atari, "rollout_fields", with_memory)
+    monkeypatch.setattr(ppo_atari, "act", remembering)
+
+    def before(given):
+        seen.append(given["storage"]["memory"][-1].clone())
+        watched = given["agent"].get_action_and_value
+
+        def first(*args, **kwargs):
+            seen.append(given["storage"]["memory"][0].clone())
+            given["agent"].get_action_and_value = watched
+            return watched(*args, **kwargs)
+
+        given["agent"].get_action_and_value = first
+
+    watch(ppo_atari, "rollout", before=before)
+    whole = trained(tmp_path / "whole", monkeypatch, *TWO, "--num-workers", "0")
+    assert all(torch.equal(last, first) for last, first in zip(seen[::2], seen[1::2], strict=True))
+    assert not seen[0].any() and len(seen) == 8 and all(row.all() for row in seen[2:])
+    pieces, seen[:] = seen[:], []
+    assert_same_run(interrupted(tmp_path / "pieces", monkeypatch, watch, *TWO, "--num-workers", "0"), whole)
+    assert len(seen) == 8 and all(map(torch.equal, seen, pieces))
+
+
+def test_an_agent_that_acts_otherwise_than_it_learns(tmp_path, monkeypatch, capfd):
+    """The ratio of the first minibatch is 1 where the actors have the learner's policy: one line if it is not."""
+    trained(tmp_path / "good", monkeypatch, "--num-workers", "2")
+    assert "acts otherwise" not in capfd.readouterr().err
+    features = ppo_atari.Agent.features
+    monkeypatch.setattr(
+        ppo_atari.Agent, "features", lambda self, *args: features(self, *args) * (1 + 99 * self.training)
+    )
+    trained(tmp_path / "bad", monkeypatch, "--num-workers", "2")
+    assert capfd.readouterr().err.count("the agent acts otherwise than it learns") == 1
+
+
+def test_an_agent_survives_state_that_cannot_be_kept(tmp_path, monkeypatch, capfd):
+    """What enters the state after the start and no checkpoint can hold: it is told, and the weights are there."""
+    monkeypatch.chdir(tmp_path)
+    gather = ppo_atari.gather
+
+    def late(games):
+        state = inspect.currentframe().f_back.f_locals.get("state")
+        if state and state["iteration"] == 3:
+            state["late"] = {1}
+        return gather(games)
+
+    monkeypatch.setattr(ppo_atari, "gather", late)
+    code, _, error = here(capfd, *SHORT, "--num-workers", 0)
+    assert code in (1, 2) and "cannot hold a set" in error, error
+    assert torch.load(run_directory(tmp_path) / "agent.pt", weights_only=True)["step"] == 512
 
 
 GOOD = {
