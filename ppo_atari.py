@@ -307,11 +307,8 @@ def unpack(current: Any, kept: Any) -> Any:
         old = [*current] if type(current) is type(kept) else []
         old = [None if isinstance(part, (Tensor, np.ndarray)) else part for part in old]  # it may stand there twice
         kept = type(kept)(map(unpack, old + [None] * len(kept), kept))
-    both = current, kept
-    numbers = [isinstance(x, (int, float, np.generic, np.ndarray)) and np.ndim(x) == 0 for x in both]
-    kinds = [
-        (dict if isinstance(x, dict) else type(x), *(getattr(x, y, None) for y in ("dtype", "ndim"))) for x in both
-    ]
+    numbers = [isinstance(x, (int, float, np.generic, np.ndarray)) and np.ndim(x) == 0 for x in (current, kept)]
+    kinds = [(type(x), getattr(x, "dtype", None), getattr(x, "ndim", None)) for x in (current, kept)]
     if hasattr(current, "load_state_dict"):
         current.load_state_dict(kept)
     elif isinstance(current, torch.Generator):
@@ -320,11 +317,14 @@ def unpack(current: Any, kept: Any) -> Any:
         current.bit_generator.state = kept
     elif current is None or kept is None or all(numbers):  # all numbers are alike, of Python or of NumPy
         return kept
+    elif isinstance(current, dict) and isinstance(kept, dict):  # of any kind, such as a Counter
+        current.clear()
+        current.update(kept)
     elif any(numbers) or kinds[0] != kinds[1]:
         raise TypeError(f"{type(kept).__name__} in place of {type(current).__name__}")
-    elif isinstance(current, (dict, list, deque)):
+    elif isinstance(current, (list, deque)):
         current.clear()
-        current.update(kept) if isinstance(current, dict) else current.extend(kept)
+        current.extend(kept)
     elif isinstance(current, np.ndarray) and current.shape == kept.shape:
         current[...] = kept
     else:
@@ -334,7 +334,8 @@ def unpack(current: Any, kept: Any) -> Any:
 
 def find_action(env: gym.Env, meaning: str) -> int | None:
     """The index of the action with this meaning, such as "FIRE", or None where the game lacks it."""
-    return {name: index for index, name in enumerate(env.unwrapped.get_action_meanings())}.get(meaning)
+    meanings = env.unwrapped.get_action_meanings()
+    return meanings.index(meaning) if meaning in meanings else None
 
 
 def step_in_reset(env: gym.Env, action: int, info: dict) -> tuple[np.ndarray, dict]:
@@ -445,7 +446,8 @@ class FrameStack(gym.ObservationWrapper):
 
     def __init__(self, env: gym.Env, k: int = 4):
         super().__init__(env)
-        space, self.frames = env.observation_space, np.repeat(env.observation_space.low[None], k, axis=0)
+        space = env.observation_space
+        self.frames = np.zeros((k, *space.shape), space.dtype)
         shape = (math.prod(self.frames.shape[:-2]), *space.shape[-2:])
         self.observation_space = gym.spaces.Box(space.low.min(), space.high.max(), shape, space.dtype)
 
@@ -714,7 +716,10 @@ class Collector:
         self.storage["done"][-1] = 1
 
     def rollout(self) -> tuple[list, dict]:
-        drawn = lambda: (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())  # noqa: E731
+        def drawn() -> tuple:
+            _, numbers, *rest = np.random.get_state()
+            return torch.get_rng_state().tolist(), numbers.tolist(), rest, random.getstate()
+
         threads, before = torch.get_num_threads(), drawn()
         torch.set_num_threads(1)  # a small batch gains nothing from threads, and results must not depend on them
         games, seconds = rollout(self.agent, self.envs, self.storage, self.generators, self.args)
@@ -1267,7 +1272,7 @@ def save(run: RunDirectory | Nothing, state: dict[str, Any], args: Args, step: i
     agent = {"weights": pack(state["weights"]), "flags": args.flags, "step": step}
     run.write("agent.pt", agent)
     ranks, names = gather(pack(state)), [name for name, _ in state["weights"].named_parameters()]
-    if any(not torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks for name in names):
+    if any(not torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks[1:] for name in names):
         raise RunError(f"the processes' weights differ: average every loss's gradients, as update() does; {run.kept}")
     run.write("checkpoint.pt", agent | ranks[0] | {"ranks": ranks[1:]})
     if args.rank == 0 and "checkpoint.pt" not in run.failing:
@@ -1421,7 +1426,7 @@ def train(args: Args) -> int:
             scalars = {f"losses/{name}": float(mean) for name, mean in means.items()}
             if not math.isfinite(scalars["losses/grad_norm"]):
                 raise RunError(f"iteration {iteration}: the loss or its gradient is not finite; {run.kept}")
-            if iteration == 1 and stats[0].get("approx_kl", 0) > 1e-3:  # 0, up to a GPU's rounding
+            if iteration == 1 and not args.rank and stats[0].get("approx_kl", 0) > 1e-3:  # 0, up to a GPU's rounding
                 say("ppo_atari.py: the agent acts otherwise than it learns: see inference_copy()", sys.stderr)
             scalars["losses/explained_variance"] = explained_variance(values[:-1], returns)
             scalars |= {f"charts/{name}": float(knob) for name, knob in learner.knobs.items()}
