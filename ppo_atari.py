@@ -1207,14 +1207,14 @@ class StopRequest(ExitStack):
     def __init__(self, doing: str):
         super().__init__()
         self.signum, self.doing, self.pid = 0, doing, os.getpid()
+        self.at_once = signal.getsignal(signal.SIGINT)
         for signum in (signal.SIGINT, signal.SIGTERM):
             self.callback(signal.signal, signum, signal.signal(signum, self.request))
 
     def request(self, signum: int, frame: object) -> None:
         if os.getpid() != self.pid:  # a worker that does not ignore it yet
             return
-        if self.signum and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, self.at_once)  # in the script, ends it: an exception is swallowed in a __del__
         self.signum = signum
         with suppress(OSError):
             os.write(2, f"\n{self.doing} (Ctrl-C again: stop at once)\n".encode())

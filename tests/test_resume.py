@@ -21,7 +21,6 @@ from launch import (
     differences,
     finish,
     fork,
-    handles_signals,
     here,
     living,
     refusal,
@@ -167,20 +166,45 @@ def test_stopped_before_its_first_iteration(tmp_path, monkeypatch, capfd):
 def test_second_ctrl_c_stops_at_once(tmp_path):
     """In the middle of an iteration that would take many minutes."""
     steps = 100_000
-    process = fork("--num-envs", 2, "--num-steps", steps, "--total-timesteps", 2 * steps, "--frame-size", 36,
-                   "--frame-stack", 1, "--num-workers", 2, cwd=tmp_path)  # fmt: skip
-    wait_for(lambda: handles_signals(process.pid))
+    process = start("--num-envs", 2, "--num-steps", steps, "--total-timesteps", 2 * steps, "--frame-size", 36,
+                    "--frame-stack", 1, "--num-workers", 2, cwd=tmp_path)  # fmt: skip
+    wait_for(lambda: "run directory" in (tmp_path / "log").read_text())
     time.sleep(0.5)
     log = tmp_path / "log"
     before = log.read_text()
     os.killpg(process.pid, signal.SIGINT)
     wait_for(lambda: len(log.read_text()) > len(before))
     time.sleep(1)
-    assert process.exitcode is None, "the first Ctrl-C must let the iteration finish"
+    assert process.poll() is None, "the first Ctrl-C must let the iteration finish"
     os.killpg(process.pid, signal.SIGINT)
     assert finish(process, 60) == 130, log.read_text()
-    assert "Traceback" not in log.read_text()
+    assert "at once;" in log.read_text() and "Traceback" not in log.read_text()
     wait_for(lambda: not living(process.pid))
+
+
+def test_second_ctrl_c_where_an_exception_is_swallowed(tmp_path):
+    """Python prints what is raised in a __del__, a weak reference's callback or around a fork, and goes on."""
+    program = f"""if True:
+        import os, runpy, signal, sys, torch
+
+        class Interrupting:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def draw(*args, **kwargs):
+            Interrupting()
+            return randperm(*args, **kwargs)
+
+        randperm, torch.randperm = torch.randperm, draw
+        sys.argv[0] = {str(ppo_atari.__file__)!r}
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    process = start(*TINY, 32, cwd=tmp_path, program=("-c", program))
+    log = tmp_path / "log"
+    assert finish(process, 60) == 130, log.read_text()
+    assert log.read_text().rstrip().endswith("stopped at once; what was saved before is kept"), log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize(
