@@ -106,12 +106,11 @@ def facts(run: Path) -> dict:
     if not len(steps):  # kept before that curve was
         steps, returns = scalars(run, "charts/episodic_return")
         means = last_100(steps, returns, True)
-    at, speed = scalars(run, "charts/SPS")
-    hours = np.cumsum(np.diff(at, prepend=0) / speed) / 3600
+    speed = 3600 * np.median(scalars(run, "charts/SPS")[1])  # of hours beside other work, a mean would tell too little
     return {
         "game": flags["env_id"], "seed": flags["seed"], "total": flags["total_timesteps"], "steps": evaluated["step"],
         "curve": (steps, means), "return": means[-1], "evaluation": evaluated["mean"], "games": evaluated["scores"],
-        "random": evaluated["random_mean"], "hours": (at, hours), "device": about["hardware"]["device"],
+        "random": evaluated["random_mean"], "steps_per_hour": speed,
     }  # fmt: skip
 
 
@@ -151,7 +150,7 @@ def table() -> None:
         row(f"`{game}`", steps, len(runs), spread([run["return"] for run in runs]),
             f"{evaluation}, {len(runs[0]['games'])} each", number(np.mean([run["random"] for run in runs])),
             *(PUBLISHED.get(game, ("", "", "")) if total >= 10_000_000 else ("", "", "")),
-            number(np.mean([run["hours"][1][-1] for run in runs])))  # fmt: skip
+            number(np.mean([run["steps"] / run["steps_per_hour"] for run in runs])))  # fmt: skip
     print()
     row("game", *(f"{milestone:,}".replace(",", " ") for milestone in MILESTONES), "reached, after hours")
     row(*["---"] * (len(MILESTONES) + 2))
@@ -164,7 +163,7 @@ def table() -> None:
         goals = []
         for goal in GOALS.get(game, ()):
             crossed = [run["curve"][0][run["curve"][1] >= goal][:1] for run in runs]
-            hours = [np.interp(at[0], *run["hours"]) for at, run in zip(crossed, runs) if len(at)]
+            hours = [at[0] / run["steps_per_hour"] for at, run in zip(crossed, runs) if len(at)]
             goals += [f"{goal}: {number(np.mean(hours))}"] if len(hours) == len(runs) else []
         row(f"`{game}` ({total:,} steps)".replace(",", " "), *cells, "; ".join(goals))
 

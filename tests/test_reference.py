@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from launch import SCRIPT
 
@@ -44,3 +45,10 @@ def test_shipped_run_is_whole_and_small(run: Path):
     assert {path.suffix for path in run.iterdir()} >= {".json", ".pt", ".png", ".webm"}
     assert 0 < sum(path.stat().st_size for path in run.glob("events.out.tfevents.*")) < 2 * 2**20
     assert sum(path.stat().st_size for path in run.iterdir()) < 10 * 2**20
+
+
+def test_the_readme_has_the_tables_of_what_is_kept(capsys):
+    reference.table()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(lines) >= 4 + 2 * len({json.loads((run / "eval.json").read_text())["env_id"] for run in RUNS})
+    assert set(lines) <= set((SCRIPT.parent / "README.md").read_text().splitlines())
