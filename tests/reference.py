@@ -123,6 +123,11 @@ def spread(values: list[float]) -> str:
     return number(np.mean(values)) + (f" ± {number(np.std(values, ddof=1))}" if len(values) > 1 else "")
 
 
+def extent(values: list[float]) -> str:
+    """The least and the largest, as runs were made on different machines."""
+    return " to ".join(dict.fromkeys(map(number, (min(values), max(values)))))
+
+
 def groups() -> dict[tuple[str, int], list[dict]]:
     """The kept runs by game and length."""
     found = defaultdict(list)
@@ -150,7 +155,7 @@ def table() -> None:
         row(f"`{game}`", steps, len(runs), spread([run["return"] for run in runs]),
             f"{evaluation}, {len(runs[0]['games'])} each", number(np.mean([run["random"] for run in runs])),
             *(PUBLISHED.get(game, ("", "", "")) if total >= 10_000_000 else ("", "", "")),
-            number(np.mean([run["steps"] / run["steps_per_hour"] for run in runs])))  # fmt: skip
+            extent([run["steps"] / run["steps_per_hour"] for run in runs]))  # fmt: skip
     print()
     row("game", *(f"{milestone:,}".replace(",", " ") for milestone in MILESTONES), "reached, after hours")
     row(*["---"] * (len(MILESTONES) + 2))
@@ -164,7 +169,7 @@ def table() -> None:
         for goal in GOALS.get(game, ()):
             crossed = [run["curve"][0][run["curve"][1] >= goal][:1] for run in runs]
             hours = [at[0] / run["steps_per_hour"] for at, run in zip(crossed, runs) if len(at)]
-            goals += [f"{goal}: {number(np.mean(hours))}"] if len(hours) == len(runs) else []
+            goals += [f"{goal}: {extent(hours)}"] if len(hours) == len(runs) else []
         row(f"`{game}` ({total:,} steps)".replace(",", " "), *cells, "; ".join(goals))
 
 
