@@ -101,21 +101,20 @@ def keep(run: Path, brief: bool) -> None:
 def facts(run: Path) -> dict:
     """What the tables say of one kept run."""
     about, evaluated = (json.loads((run / name).read_text()) for name in ("args.json", "eval.json"))
-    flags = about["flags"]
+    flags, speed = about["flags"], np.median(scalars(run, "charts/SPS")[1])  # a mean would count what ran beside it
     steps, means = scalars(run, "charts/return_100")
     if not len(steps):  # kept before that curve was
         steps, returns = scalars(run, "charts/episodic_return")
         means = last_100(steps, returns, True)
-    speed = 3600 * np.median(scalars(run, "charts/SPS")[1])  # of hours beside other work, a mean would tell too little
     return {
         "game": flags["env_id"], "seed": flags["seed"], "total": flags["total_timesteps"], "steps": evaluated["step"],
         "curve": (steps, means), "return": means[-1], "evaluation": evaluated["mean"], "games": evaluated["scores"],
-        "random": evaluated["random_mean"], "steps_per_hour": speed,
+        "random": evaluated["random_mean"], "steps_per_hour": 3600 * speed,
     }  # fmt: skip
 
 
-def number(value: float) -> str:
-    return f"{value:,.1f}".replace(",", " ")
+def number(value: float, digits: int = 1) -> str:
+    return f"{value:,.{digits}f}".replace(",", " ")
 
 
 def spread(values: list[float]) -> str:
@@ -146,18 +145,17 @@ def table() -> None:
         "openai/baselines", "CleanRL", "best known", "hours")  # fmt: skip
     row(*["---"] * 10)
     for (game, total), runs in groups().items():
-        steps = f"{min(run['steps'] for run in runs):,}".replace(",", " ")
-        if min(run["steps"] for run in runs) < 0.99 * total:
-            steps += f" of {total:,}".replace(",", " ")
+        steps = min(run["steps"] for run in runs)
+        length = number(steps, 0) + (f" of {number(total, 0)}" if steps < 0.99 * total else "")
         evaluation = spread([run["evaluation"] for run in runs])
         if len(runs) == 1:
             evaluation += f" ± {number(np.std(runs[0]['games']))} (over games)"
-        row(f"`{game}`", steps, len(runs), spread([run["return"] for run in runs]),
+        row(f"`{game}`", length, len(runs), spread([run["return"] for run in runs]),
             f"{evaluation}, {len(runs[0]['games'])} each", number(np.mean([run["random"] for run in runs])),
             *(PUBLISHED.get(game, ("", "", "")) if total >= 10_000_000 else ("", "", "")),
             extent([run["steps"] / run["steps_per_hour"] for run in runs]))  # fmt: skip
     print()
-    row("game", *(f"{milestone:,}".replace(",", " ") for milestone in MILESTONES), "reached, after hours")
+    row("game", *(number(milestone, 0) for milestone in MILESTONES), "reached, after hours")
     row(*["---"] * (len(MILESTONES) + 2))
     for (game, total), runs in groups().items():
         cells = []
@@ -167,10 +165,9 @@ def table() -> None:
             cells.append(number(np.mean(values)) if values else "")
         goals = []
         for goal in GOALS.get(game, ()):
-            crossed = [run["curve"][0][run["curve"][1] >= goal][:1] for run in runs]
-            hours = [at[0] / run["steps_per_hour"] for at, run in zip(crossed, runs) if len(at)]
-            goals += [f"{goal}: {extent(hours)}"] if len(hours) == len(runs) else []
-        row(f"`{game}` ({total:,} steps)".replace(",", " "), *cells, "; ".join(goals))
+            hours = [run["curve"][0][run["curve"][1] >= goal] / run["steps_per_hour"] for run in runs]
+            goals += [f"{goal}: {extent([above[0] for above in hours])}"] if all(map(len, hours)) else []
+        row(f"`{game}` ({number(total, 0)} steps)", *cells, "; ".join(goals))
 
 
 def picture(out: Path) -> None:
