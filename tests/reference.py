@@ -37,11 +37,11 @@ MILESTONES = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000
 GOALS = {"PongNoFrameskip-v4": (18,), "BreakoutNoFrameskip-v4": (100, 400), "ALE/Breakout-v5": (100,)}
 
 
-def scalars(run: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a curve."""
+def scalars(run: Path, *tags: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of each curve, empty where there is none, from one reading of the events."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
-    return np.array([point.step for point in points]), np.array([point.value for point in points])
+    curves = [events.Scalars(tag) if tag in events.Tags()["scalars"] else [] for tag in tags]
+    return [(np.array([p.step for p in points]), np.array([p.value for p in points])) for points in curves]
 
 
 def last_100(steps: np.ndarray, returns: np.ndarray, thinned: bool) -> np.ndarray:
@@ -101,15 +101,15 @@ def keep(run: Path, brief: bool) -> None:
 def facts(run: Path) -> dict:
     """What the tables say of one kept run."""
     about, evaluated = (json.loads((run / name).read_text()) for name in ("args.json", "eval.json"))
-    flags, speed = about["flags"], np.median(scalars(run, "charts/SPS")[1])  # a mean would count what ran beside it
-    steps, means = scalars(run, "charts/return_100")
-    if not len(steps):  # kept before that curve was
-        steps, returns = scalars(run, "charts/episodic_return")
-        means = last_100(steps, returns, True)
+    flags = about["flags"]
+    curve, games, (_, speeds) = scalars(run, "charts/return_100", "charts/episodic_return", "charts/SPS")
+    if not len(curve[0]):  # kept before that curve was
+        curve = games[0], last_100(*games, True)
     return {
         "game": flags["env_id"], "seed": flags["seed"], "total": flags["total_timesteps"], "steps": evaluated["step"],
-        "curve": (steps, means), "return": means[-1], "evaluation": evaluated["mean"], "games": evaluated["scores"],
-        "random": evaluated["random_mean"], "steps_per_hour": 3600 * speed,
+        "curve": curve, "return": curve[1][-1], "evaluation": evaluated["mean"], "games": evaluated["scores"],
+        "random": evaluated["random_mean"],
+        "steps_per_hour": 3600 * np.median(speeds),  # a mean would count what ran beside it
     }  # fmt: skip
 
 
@@ -141,10 +141,11 @@ def row(*cells: object) -> None:
 
 
 def table() -> None:
+    kept = groups()
     row("game", "steps", "seeds", "training, last 100 games", "evaluation, full games", "random play",
         "openai/baselines", "CleanRL", "best known", "hours")  # fmt: skip
     row(*["---"] * 10)
-    for (game, total), runs in groups().items():
+    for (game, total), runs in kept.items():
         steps = min(run["steps"] for run in runs)
         length = number(steps, 0) + (f" of {number(total, 0)}" if steps < 0.99 * total else "")
         evaluation = spread([run["evaluation"] for run in runs])
@@ -157,7 +158,7 @@ def table() -> None:
     print()
     row("game", *(number(milestone, 0) for milestone in MILESTONES), "reached, after hours")
     row(*["---"] * (len(MILESTONES) + 2))
-    for (game, total), runs in groups().items():
+    for (game, total), runs in kept.items():
         cells = []
         for milestone in MILESTONES:
             reached = [run for run in runs if run["steps"] >= 0.99 * milestone]
