@@ -178,15 +178,19 @@ def picture(out: Path) -> None:
     import matplotlib.pyplot as plt
 
     kept = groups()
-    figure, axes = plt.subplots(1, len(kept), figsize=(4 * len(kept), 3), dpi=120, squeeze=False)
-    for ax, ((game, _), runs) in zip(axes[0], kept.items()):
+    columns = min(3, len(kept)) if len(kept) != 4 else 2
+    rows = -(-len(kept) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), dpi=120, squeeze=False)
+    for ax in axes.flat[len(kept) :]:
+        ax.remove()
+    for ax, ((game, _), runs) in zip(axes.flat, kept.items()):
         grid = np.linspace(0, min(run["curve"][0][-1] for run in runs), 300)
         curves = np.array([np.interp(grid, *run["curve"]) for run in runs])
         ax.plot(grid, curves.mean(0))
         ax.fill_between(grid, curves.min(0), curves.max(0), alpha=0.3)
         ax.set(title=f"{game}, {len(runs)} seed{'s' * (len(runs) > 1)}", xlabel="steps (4 frames each)")
         ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("return, mean of 100 games")
+    figure.supylabel("return, mean of 100 games", fontsize="medium")
     figure.tight_layout()
     figure.savefig(out)
 
