@@ -178,7 +178,7 @@ def picture(out: Path) -> None:
     import matplotlib.pyplot as plt
 
     kept = groups()
-    columns = min(3, len(kept)) if len(kept) != 4 else 2
+    columns = int(np.ceil(len(kept) ** 0.5))
     rows = -(-len(kept) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), dpi=120, squeeze=False)
     for ax in axes.flat[len(kept) :]:
