@@ -27,8 +27,9 @@ def test_shipped_agent_plays(run: Path):
     of the thirty.) A broken wrapper, network or file leaves an agent that plays no better than at random. No score is
     compared exactly: floating point differs from processor to processor.
     """
+    games = 10
     claimed = json.loads((run / "eval.json").read_text())
-    draws = np.random.default_rng(0).choice(claimed["scores"], (20_000, 10)).mean(1)
+    draws = np.random.default_rng(0).choice(claimed["scores"], (20_000, games)).mean(1)
     bound = min((claimed["mean"] + claimed["random_mean"]) / 2, np.quantile(draws, 5e-4))
     assert (draws < bound).mean() < 1e-3 and max(claimed["random_scores"]) < bound
     content = ppo_atari.load_file(run / "agent.pt", "weights", "flags")
@@ -37,7 +38,7 @@ def test_shipped_agent_plays(run: Path):
     agent = ppo_atari.make_agent(args, ppo_atari.make_env(args))
     agent.load_state_dict(content["weights"])
     actor = ppo_atari.inference_copy(agent, torch.bfloat16)
-    scores = [score for score, _ in ppo_atari.full_games(args, actor, 10)]
+    scores = [score for score, _ in ppo_atari.full_games(args, actor, games)]
     assert np.mean(scores) > bound, scores
 
 
