@@ -130,19 +130,13 @@ def network_alone(p: Any, device_name: str, precision: str, num_envs: int = 8) -
 
 
 STABLE_BASELINES = f"""
-import time, ale_py, gymnasium
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_atari_env
-from stable_baselines3.common.vec_env import VecFrameStack
+import sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from stable_baselines import BaseCallback, make_model
 class Clock(BaseCallback):
     def _on_step(self): return True
     def _on_rollout_end(self): print("clock", self.num_timesteps, time.time(), flush=True)
-gymnasium.register_envs(ale_py)
-envs = VecFrameStack(make_atari_env("{GAME}", n_envs=8, seed=1), 4)
-model = PPO("CnnPolicy", envs, n_steps=128, n_epochs=4, batch_size=256, learning_rate=lambda f: 2.5e-4 * f,
-            clip_range=0.1, clip_range_vf=0.1, vf_coef=0.5, ent_coef=0.01, device="DEVICE")
-model.learn(1024 * ITERATIONS, callback=Clock())
+make_model("{GAME}", 1, "DEVICE").learn(1024 * ITERATIONS, callback=Clock())
 """
 
 THIS_SCRIPT = f"""{IMPORT}

@@ -130,6 +130,28 @@ def test_ctrl_c_and_on(fake):
     assert len(lines(fake / "results.jsonl")) == 1
 
 
+def test_stable_baselines(tmp_path):
+    """Stable-Baselines3 as a variant: stopped, resumed to its last step, evaluated over full games."""
+    pytest.importorskip("stable_baselines3")
+    script = STUDY.with_name("stable_baselines.py")
+    argv = ["--games", "BreakoutNoFrameskip-v4", "--seeds", 1, "--steps", 5000, "--results", tmp_path / "r.jsonl"]
+    argv += ["--variants", f"sb3: --script {script} --eval-episodes 3"]
+    process = start(*argv, cwd=tmp_path, program=(STUDY,))
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == 130, (tmp_path / "log").read_text()
+    assert (tmp_path / "r.jsonl").read_text() == ""
+    assert finish(start(*argv, cwd=tmp_path, program=(STUDY,))) == 0, (tmp_path / "log").read_text()
+    (run,) = tmp_path.glob("runs/*")
+    (line,) = lines(tmp_path / "r.jsonl")
+    assert "stopped and saved" in next(tmp_path.glob("logs/*")).read_text()
+    assert json.loads((run / "eval.json").read_text())["step"] == 4096
+    assert len(line["scores"]) == 3 and line["evaluation"] == np.mean(line["scores"])
+    games = curves(run)["charts/episodic_return"]
+    assert line["return"] == pytest.approx(np.mean([score for _, score in games][-100:]))
+    assert all(0 < at <= 4096 for at, _ in games)
+
+
 def test_a_run_that_outlives_its_study(fake):
     """The study alone is killed: as long as its run goes on, the next one does not start a second beside it."""
     argv = ["--games", "A", "--seeds", 1, "--steps", 8, "--results", fake / "results.jsonl", "--variants"]

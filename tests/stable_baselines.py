@@ -1,0 +1,151 @@
+"""Stable-Baselines3's PPO, with our hyperparameters and wrappers, for tests/benchmark.py and tests/study.py:
+
+    pip install "stable-baselines3==2.9.2" scipy
+    python tests/study.py --variants default "sb3: --script tests/stable_baselines.py"
+
+It trains in float32. What is resumed has the same weights and optimizer, but its games begin anew.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
+from torch.utils.tensorboard import SummaryWriter
+
+NUM_ENVS, NUM_STEPS = 8, 128
+BATCH = NUM_ENVS * NUM_STEPS
+gym.register_envs(ale_py)
+
+
+def make_envs(game: str, num_envs: int, seed: int) -> VecEnv:
+    """Scores are of full games before clipping: the Monitor lies beneath the wrappers."""
+    return VecFrameStack(make_atari_env(game, n_envs=num_envs, seed=seed, env_kwargs={"frameskip": 1}), 4)
+
+
+def make_model(game: str, seed: int, device: str = "cpu") -> PPO:
+    return PPO("CnnPolicy", make_envs(game, NUM_ENVS, seed), n_steps=NUM_STEPS, n_epochs=4, batch_size=BATCH // 4,
+               learning_rate=lambda left: 2.5e-4 * left, clip_range=0.1, clip_range_vf=0.1, vf_coef=0.5, ent_coef=0.01,
+               seed=seed, device=device)  # fmt: skip
+
+
+class Stop(Exception):
+    """A signal asked for an end; raised between two iterations."""
+
+
+class Log(BaseCallback):
+    """Writes curves and checkpoints to a run directory in the form that study.py reads."""
+
+    def __init__(self, path: Path, total: int):
+        super().__init__()
+        self.path, self.total, self.writer, self.signum, self.recent = path, total, None, 0, []
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda signum, frame: setattr(self, "signum", signum))
+
+    def _on_training_start(self) -> None:
+        self.writer = SummaryWriter(self.path, purge_step=self.num_timesteps + 1 if self.num_timesteps else None)
+        self.begun, self.said = (time.monotonic(), self.num_timesteps), time.monotonic()
+
+    def _on_step(self) -> bool:
+        for i, info in enumerate(self.locals["infos"]):
+            if "episode" in info:
+                score, at = info["episode"]["r"], self.num_timesteps - NUM_ENVS + i + 1
+                self.writer.add_scalar("charts/episodic_return", score, at)
+                self.recent = [*self.recent[-99:], score]
+        return True
+
+    def _on_rollout_start(self) -> None:  # also: the end of the update before
+        step = self.num_timesteps
+        if self.signum or step % (100 * BATCH) == 0:
+            self.save()
+        if self.signum:
+            raise Stop
+        if time.monotonic() > self.said + 30:
+            self.said = time.monotonic()
+            speed = (step - self.begun[1]) / (self.said - self.begun[0])
+            recent = f"return {fmean(self.recent):.1f}" if self.recent else "no game over yet"
+            print(f"step {step:,} of {self.total:,}, {recent}, {speed:,.0f} steps/s", flush=True)
+
+    def save(self) -> None:
+        self.writer.flush()
+        for name in ("checkpoint.pt", "agent.pt"):  # the same, under the names that study.py looks for
+            temporary = self.path / f"{name}.tmp"
+            torch.save({"step": self.num_timesteps, **self.model.get_parameters()}, temporary)
+            temporary.replace(self.path / name)
+
+
+class Random:
+    """A policy for evaluate_policy."""
+
+    def __init__(self, envs: VecEnv):
+        envs.action_space.seed(1)
+        self.space = envs.action_space
+
+    def predict(self, obs: np.ndarray, *others: object, **more: object) -> tuple[np.ndarray, None]:
+        return np.array([self.space.sample() for _ in obs]), None
+
+
+def score(model: PPO, path: Path, flags: dict) -> None:
+    envs = make_envs(flags["env_id"], 10, flags["seed"] + 2**20)  # the 30 games are shared out evenly
+    games = {"n_eval_episodes": flags["eval_episodes"], "deterministic": False, "return_episode_rewards": True}
+    scores, random_scores = (evaluate_policy(player, envs, **games)[0] for player in (model, Random(envs)))
+    result = {"step": model.num_timesteps, "mean": fmean(scores), "scores": list(map(float, scores))}
+    (path / "eval.json").write_text(json.dumps(result | {"random_mean": fmean(random_scores)}))
+    print(f"mean {fmean(scores):.2f} over {len(scores)} full games; random {fmean(random_scores):.2f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--env-id", default="BreakoutNoFrameskip-v4")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--total-timesteps", type=int, default=1_000_000)
+    parser.add_argument("--exp-name", default="stable_baselines")
+    parser.add_argument("--eval-episodes", type=int, default=30)
+    parser.add_argument("--num-workers", type=int, choices=[0], default=0, help="there are none")
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--evaluate", type=Path)
+    args = parser.parse_args()
+    path = args.resume or args.evaluate
+    if path and not (path / "checkpoint.pt").exists():
+        parser.error(f"{path} has no checkpoint")
+    if path:
+        flags = json.loads((path / "args.json").read_text())["flags"]
+    else:
+        flags = {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate")}
+        flags |= {"num_envs": NUM_ENVS, "num_steps": NUM_STEPS}
+        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**9}"
+        path = Path("runs", name)
+        path.mkdir(parents=True)
+        (path / "args.json").write_text(json.dumps({"flags": flags, "versions": {"torch": torch.__version__}}))
+    total, model = flags["total_timesteps"] // BATCH * BATCH, make_model(flags["env_id"], flags["seed"])
+    log = Log(path, total)
+    if args.resume or args.evaluate:
+        saved = torch.load(path / "checkpoint.pt", weights_only=True)
+        model.num_timesteps = saved.pop("step")
+        model.set_parameters(saved)
+        model.set_random_seed(flags["seed"] + model.num_timesteps)
+    try:
+        if model.num_timesteps < total:
+            model.learn(total - model.num_timesteps, callback=log, reset_num_timesteps=False)
+            log.save()
+    except Stop:
+        print(f"stopped and saved at step {model.num_timesteps:,}")
+        return 128 + log.signum
+    score(model, path, flags)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
