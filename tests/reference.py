@@ -167,7 +167,9 @@ def table() -> None:
         goals = []
         for goal in GOALS.get(game, ()):
             hours = [run["curve"][0][run["curve"][1] >= goal] / run["steps_per_hour"] for run in runs]
-            goals += [f"{goal}: {extent([above[0] for above in hours])}"] if all(map(len, hours)) else []
+            if first := [above[0] for above in hours if len(above)]:
+                some = f" ({len(first)} of {len(runs)} seeds)" if len(first) < len(runs) else ""
+                goals.append(f"{goal}: {extent(first)}{some}")
         row(f"`{game}` ({number(total, 0)} steps)", *cells, "; ".join(goals))
 
 
