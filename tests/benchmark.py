@@ -2,7 +2,7 @@
 
 Prints tables in Markdown: environments alone, inference alone, update alone, the whole loop, peak memory of all
 processes (proportional set size) and the time from the command to the end of the first rollout. It does so for each
-precision and, if installed, for Stable-Baselines3 with the same hyperparameters (pip install
+precision and, if installed, for Stable-Baselines3 as tests/stable_baselines.py sets it up (pip install
 "stable-baselines3==2.9.2"). The variants take turns, and each figure is the median of the repeats. With
 --scaling, it prints instead how the whole loop grows with --num-envs and --num-workers. Rates are steps/s: one step is
 four emulator frames. --script measures another copy of ppo_atari.py, a changed one, say. Takes about ten minutes.

@@ -118,8 +118,10 @@ def number(value: float, digits: int = 1) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds."""
-    return number(np.mean(values)) + (f" ± {number(np.std(values, ddof=1))}" if len(values) > 1 else "")
+    """Mean ± standard deviation over seeds, and each seed's value."""
+    if len(values) == 1:
+        return number(values[0])
+    return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({', '.join(map(number, values))})"
 
 
 def extent(values: list[float]) -> str:

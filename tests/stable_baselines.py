@@ -52,7 +52,7 @@ class Log(BaseCallback):
 
     def __init__(self, path: Path, total: int):
         super().__init__()
-        self.path, self.total, self.writer, self.signum, self.recent = path, total, None, 0, []
+        self.path, self.total, self.writer, self.signum = path, total, None, 0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda signum, frame: setattr(self, "signum", signum))
 
@@ -63,9 +63,8 @@ class Log(BaseCallback):
     def _on_step(self) -> bool:
         for i, info in enumerate(self.locals["infos"]):
             if "episode" in info:
-                score, at = info["episode"]["r"], self.num_timesteps - NUM_ENVS + i + 1
-                self.writer.add_scalar("charts/episodic_return", score, at)
-                self.recent = [*self.recent[-99:], score]
+                at = self.num_timesteps - NUM_ENVS + i + 1
+                self.writer.add_scalar("charts/episodic_return", info["episode"]["r"], at)
         return True
 
     def _on_rollout_start(self) -> None:  # also: the end of the update before
@@ -77,7 +76,8 @@ class Log(BaseCallback):
         if time.monotonic() > self.said + 30:
             self.said = time.monotonic()
             speed = (step - self.begun[1]) / (self.said - self.begun[0])
-            recent = f"return {fmean(self.recent):.1f}" if self.recent else "no game over yet"
+            games = [game["r"] for game in self.model.ep_info_buffer]  # the last 100
+            recent = f"return {fmean(games):.1f}" if games else "no game over yet"
             print(f"step {step:,} of {self.total:,}, {recent}, {speed:,.0f} steps/s", flush=True)
 
     def save(self) -> None:
@@ -119,10 +119,10 @@ def main() -> int:
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--evaluate", type=Path)
     args = parser.parse_args()
-    path = args.resume or args.evaluate
-    if path and not (path / "checkpoint.pt").exists():
-        parser.error(f"{path} has no checkpoint")
-    if path:
+    begun = args.resume or args.evaluate
+    if begun and not (begun / "checkpoint.pt").exists():
+        parser.error(f"{begun} has no checkpoint")
+    if path := begun:
         flags = json.loads((path / "args.json").read_text())["flags"]
     else:
         flags = {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate")}
@@ -133,7 +133,7 @@ def main() -> int:
         (path / "args.json").write_text(json.dumps({"flags": flags, "versions": {"torch": torch.__version__}}))
     total, model = flags["total_timesteps"] // BATCH * BATCH, make_model(flags["env_id"], flags["seed"])
     log = Log(path, total)
-    if args.resume or args.evaluate:
+    if begun:
         saved = torch.load(path / "checkpoint.pt", weights_only=True)
         model.num_timesteps = saved.pop("step")
         model.set_parameters(saved)
