@@ -100,9 +100,10 @@ class Random:
 
 
 def score(model: PPO, path: Path, flags: dict) -> None:
-    envs = make_envs(flags["env_id"], 10, flags["seed"] + 2**20)  # the 30 games are shared out evenly
     games = {"n_eval_episodes": flags["eval_episodes"], "deterministic": False, "return_episode_rewards": True}
-    scores, random_scores = (evaluate_policy(player, envs, **games)[0] for player in (model, Random(envs)))
+    # Environments for each, since a reset amid a game does not begin another: a life is an episode.
+    first, second = (make_envs(flags["env_id"], 10, flags["seed"] + 2**20) for _ in range(2))
+    scores, random_scores = (evaluate_policy(*one, **games)[0] for one in ((model, first), (Random(second), second)))
     result = {"step": model.num_timesteps, "mean": fmean(scores), "scores": list(map(float, scores))}
     (path / "eval.json").write_text(json.dumps(result | {"random_mean": fmean(random_scores)}))
     print(f"mean {fmean(scores):.2f} over {len(scores)} full games; random {fmean(random_scores):.2f}")

@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,24 @@ def test_stable_baselines(tmp_path):
     games = curves(run)["charts/episodic_return"]
     assert line["return"] == pytest.approx(np.mean([score for _, score in games][-100:]))
     assert all(0 < at <= 4096 for at, _ in games)
+
+
+def test_stable_baselines_random_play(tmp_path):
+    """Is of whole games, whatever the agent did before."""
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines import Random, make_envs, score
+
+    flags = {"env_id": "BreakoutNoFrameskip-v4", "seed": 1, "eval_episodes": 10}
+    idle = SimpleNamespace(num_timesteps=0, predict=lambda obs, *others, **more: (np.zeros(len(obs), int), None))
+    busy = Random(make_envs(flags["env_id"], 1, 1))
+    busy.num_timesteps = 0
+    means = []
+    for agent in (idle, busy):
+        score(agent, tmp_path, flags)
+        played = json.loads((tmp_path / "eval.json").read_text())
+        means.append(played["random_mean"])
+    assert means[0] == means[1]
+    assert 0.5 < means[0] < 2.5  # 1.7 in Mnih et al. (2015)
 
 
 def test_a_run_that_outlives_its_study(fake):
