@@ -91,9 +91,9 @@ class Log(BaseCallback):
 class Random:
     """A policy for evaluate_policy."""
 
-    def __init__(self, envs: VecEnv):
-        envs.action_space.seed(1)
-        self.space = envs.action_space
+    def __init__(self, space: gym.Space):
+        space.seed(1)
+        self.space = space
 
     def predict(self, obs: np.ndarray, *others: object, **more: object) -> tuple[np.ndarray, None]:
         return np.array([self.space.sample() for _ in obs]), None
@@ -101,9 +101,11 @@ class Random:
 
 def score(model: PPO, path: Path, flags: dict) -> None:
     games = {"n_eval_episodes": flags["eval_episodes"], "deterministic": False, "return_episode_rewards": True}
-    # Environments for each, since a reset amid a game does not begin another: a life is an episode.
-    first, second = (make_envs(flags["env_id"], 10, flags["seed"] + 2**20) for _ in range(2))
-    scores, random_scores = (evaluate_policy(*one, **games)[0] for one in ((model, first), (Random(second), second)))
+    # Environments for each, since a reset amid a game does not begin another; 30 games are shared out evenly.
+    scores, random_scores = (
+        evaluate_policy(player, make_envs(flags["env_id"], 10, flags["seed"] + 2**20), **games)[0]
+        for player in (model, Random(model.action_space))
+    )
     result = {"step": model.num_timesteps, "mean": fmean(scores), "scores": list(map(float, scores))}
     (path / "eval.json").write_text(json.dumps(result | {"random_mean": fmean(random_scores)}))
     print(f"mean {fmean(scores):.2f} over {len(scores)} full games; random {fmean(random_scores):.2f}")
