@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -325,6 +327,18 @@ def test_table_and_picture_from_raw_lines_alone(tmp_path, capfd):
     assert not find_spec("matplotlib") or picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) in (["raw.jsonl"], ["out.png", "raw.jsonl"])
     assert call(capfd, "--table", raw, "--games", "B", "--steps", 8, "--variants", "x: --x")[1].count("\n| x |") == 1
+
+
+def test_the_readme_has_the_tables_of_the_commands_in_it(capfd, monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(STUDY.parent.parent)
+    readme = Path("README.md").read_text()
+    commands = re.findall(r"^python tests/study.py (--table .*)$", readme, re.MULTILINE)
+    assert commands
+    for command in commands:
+        code, out, error = call(capfd, *shlex.split(command))
+        rows = [row for row in out.splitlines() if row.startswith("|")]
+        assert (code, error) == (0, "") and len(rows) > 3 and set(rows) <= set(readme.splitlines())
 
 
 @pytest.mark.parametrize("missing", ["scipy", "matplotlib"])
