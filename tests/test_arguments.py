@@ -180,7 +180,7 @@ def test_readme_names_every_flag_that_exists_and_no_other():
     others = {"--logdir", "--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--help"}
     others |= {"--flag", "--no-flag", "--shm-size", "--dist"} | {flag.replace("--", "--no-", 1) for flag in flags}
     for path in (ROOT / "tests").glob("*.py"):
-        others |= set(re.findall(r'add_argument\("(--[a-z-]+)"', path.read_text()))
+        others |= set(re.findall(r'(?:add_argument|flag)\("(--[a-z-]+)"', path.read_text()))
     for path in (ROOT / "tests").glob("recipes/*"):
         others |= {f"--{name}" for name in re.findall(r'^\+ +flag\("([a-z-]+)"', path.read_text(), re.MULTILINE)}
     assert flags <= named, flags - named
