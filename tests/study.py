@@ -331,6 +331,7 @@ class Comparison(NamedTuple):
     difference: float
     interval: tuple[float, float] | None  # None where a game has one seed
     better: float
+    each: list[float]  # runs of the variant, against the default's mean
 
 
 def compare(pairs: list[tuple[list[float], list[float]]]) -> Comparison:
@@ -349,7 +350,8 @@ def compare(pairs: list[tuple[list[float], list[float]]]) -> Comparison:
         found = bootstrap(samples, difference, vectorized=True, method="percentile", rng=1).confidence_interval
         interval = (float(found.low), float(found.high))
     better = fmean(fmean((x > y) + (x == y) / 2 for x in xs for y in ys) for xs, ys in pairs)
-    return Comparison(float(difference(*samples)), interval, better)
+    each = [x - fmean(ys) for xs, ys in pairs for x in xs]
+    return Comparison(float(difference(*samples)), interval, better, each)
 
 
 ALL = "all games, normalized"
@@ -422,10 +424,11 @@ def draw(panels: list[tuple[str, dict[tuple[str, str], Comparison]]], path: str)
         axes.axvline(0, color="gray", linewidth=1)
         for name, one in found.items():
             axes.plot(one.interval or [], [names.index(name)] * len(one.interval or []), "C0", linewidth=2)
+            axes.plot(one.each, [names.index(name)] * len(one.each), "k.", markersize=4, alpha=0.6, zorder=3)
             axes.plot(one.difference, names.index(name), "C0o")
         axes.set_title(title, fontsize=8)
-        axes.set_xlabel("difference to the default", fontsize=8)
-        axes.set_yticks(range(len(names)), [name for name, _ in names])
+        axes.set_xlabel("difference to the default's mean; black: each run", fontsize=8)
+        axes.set_yticks(range(len(names)), [flags if len(flags) < 24 else name for name, flags in names])
         axes.grid(alpha=0.3)
     figure.tight_layout()
     try:
