@@ -418,6 +418,7 @@ def draw(panels: list[tuple[str, dict[tuple[str, str], Comparison]]], path: str)
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(name for _, found in panels for name in found))[::-1]
+    labels = [f"{name}: {flags}" if 0 < len(flags) < 24 else name for name, flags in names]
     size = (4 * len(panels) + 1, 0.3 * len(names) + 1.5)
     figure, all_axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size, dpi=120)
     for axes, (title, found) in zip(all_axes[0], panels):
@@ -428,7 +429,7 @@ def draw(panels: list[tuple[str, dict[tuple[str, str], Comparison]]], path: str)
             axes.plot(one.difference, names.index(name), "C0o")
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("difference to the default's mean; black: each run", fontsize=8)
-        axes.set_yticks(range(len(names)), [flags if len(flags) < 24 else name for name, flags in names])
+        axes.set_yticks(range(len(names)), labels, fontsize=8)
         axes.grid(alpha=0.3)
     figure.tight_layout()
     try:
