@@ -40,7 +40,6 @@ import io
 import itertools
 import json
 import math
-import platform
 import random
 import re
 import shutil
@@ -1050,7 +1049,8 @@ class RunDirectory:
     def begin(self, args: Args, device: torch.device, dtype: torch.dtype, step: int, sight: tuple) -> None:
         """Writes args.json, or raises UsageError, says what runs where, and describes a new run in its events."""
         about = {"flags": args.flags, "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}}
-        about["hardware"] = {"machine": platform.machine(), "cores": os.cpu_count(), "device": str(device)}
+        about["hardware"] = {"cores": os.cpu_count(), "device": str(device), "threads": torch.get_num_threads()}
+        about["hardware"]["precision"] = str(dtype)[6:]  # what "auto" came to here
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         with suppress(OSError):  # not every machine has git
             about["git"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

@@ -163,10 +163,15 @@ def result(run: Run, folder: Path) -> dict[str, Any]:
     line = run._asdict() | {"evaluation": played["mean"], "return": means[-1] if means else None}
     line |= {"area": area(steps, means, played["step"]) if means else None, "random_mean": played["random_mean"]}
     _, script, commit, _ = script_copy(run.split()[0], folder)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    processor = re.search(r"model name\s*: (.*)", cpuinfo)
     line |= {"scores": played["scores"], "commit": commit, "script": script, "torch": about["versions"]["torch"]}
-    return line | {"processor": processor[1] if processor else platform.processor() or platform.machine()}
+    return line | {"processor": processor(), "precision": about.get("hardware", {}).get("precision")}
+
+
+@cache
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    name = re.search(r"model name\s*: (.*)", cpuinfo)
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -264,8 +269,12 @@ def work(grid: list[Run], results: Path) -> bool:
     for name in ("runs", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     results.touch()
-    todo = [run for run in grid if run not in load(results)]
+    done = load(results)
+    todo = [run for run in grid if run not in done]
     print(f"{len(grid)} runs, {len(grid) - len(todo)} of them finished before; results in {results}", flush=True)
+    if todo and (others := {str(done[run].get("processor")) for run in grid if run in done} - {processor()}):
+        others = ", ".join(sorted(others))
+        print(f"Mind: finished on {others}, this is {processor()}: --precision auto may not mean the same", flush=True)
     script_copy.cache_clear()
     for run in todo:
         script_copy(run.split()[0], folder)
@@ -402,6 +411,8 @@ def report(lines: list[dict[str, Any]], metric: str, picture: str | None) -> Non
             panels.append((f"{title}\n{column}", {name: of[column] for name, of in found.items() if column in of}))
         scripts = {(*re.findall(r"--script \S+", line["flags"]), line.get("script")) for line in group}
         mixed = ["version of a script"] * (len({script[:-1] for script in scripts}) < len(scripts))
+        known = {(line["flags"], line["precision"]) for line in group if line.get("precision")}
+        mixed += ["precision in each variant"] * (len({flags for flags, _ in known}) < len(known))
         mixed += [name for name in ("torch", "processor") if len({line.get(name) for line in group}) > 1]
         if mixed:
             print(f"\nMind: these runs are not all of one {' and one '.join(mixed)}.")

@@ -46,7 +46,7 @@ if "--stay" in flags:
     while not pathlib.Path(flags["--stay"]).exists():
         time.sleep(0.01)
 print("end", flush=True)
-(run / "args.json").write_text('{"versions": {"torch": "1"}}')
+(run / "args.json").write_text('{"versions": {"torch": "1"}, "hardware": {"precision": "float32"}}')
 played = {"mean": float(flags.get("--seed", 7)), "random_mean": 0.5, "step": 8, "scores": [1]}
 (run / "eval.json").write_text(json.dumps(played))
 """
@@ -210,6 +210,26 @@ def test_order_and_seeds_of_the_grid(fake, capfd, monkeypatch):
             assert seeds == study.MORE_SEEDS.get(name, study.SEEDS), (game, name)
     assert [game for game, _ in itertools.groupby(begun, lambda run: run.game)] == study.GAMES
     assert {run.steps for run in begun} == {1_000_000}
+
+
+def test_another_processor_may_mean_another_precision(fake, capfd, monkeypatch):
+    """A study that goes on elsewhere says so before it runs anything, and its table if precisions are mixed."""
+    pytest.importorskip("scipy")
+    results = fake / "r.jsonl"
+    argv = ["--games", "A", "--steps", 8, "--results", results, "--variants", "default", "full: --precision float32"]
+    assert "Mind" not in call(capfd, *argv, "--seeds", 1)[1]
+    assert {line["precision"] for line in lines(results)} == {"float32"}
+    monkeypatch.setattr(study, "processor", lambda: "another")
+    code, out, _ = call(capfd, *argv, "--seeds", 1, 2)
+    assert code == 0 and 0 < out.index(", this is another: --precision auto") < out.index(": begun")
+    assert out.endswith("Mind: these runs are not all of one processor.\n")
+    some = lines(results)
+    for one in some:
+        one["precision"] = "bfloat16" if one["flags"] == "" else "float32"
+    results.write_text("".join(json.dumps(one) + "\n" for one in some))
+    assert "precision" not in call(capfd, *argv, "--seeds", 1, 2)[1].split("Mind")[-1]  # each variant is of one
+    results.write_text(results.read_text().replace("bfloat16", "float32", 1))
+    assert "Mind: these runs are not all of one precision in each variant and" in call(capfd, *argv, "--seeds", 1, 2)[1]
 
 
 def test_a_failing_run_does_not_stop_the_others(fake, capfd):

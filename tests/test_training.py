@@ -64,6 +64,30 @@ def test_no_git(reference, tmp_path, monkeypatch):
     assert about.keys() - without.keys() == {"git"}
 
 
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "computes"),
+    [
+        ("auto", {"avx512_bf16": True}, torch.bfloat16),
+        ("auto", {"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ("auto", {"avx512_f": True, "amx_bf16": False, "avx512_bf16": False}, torch.float32),
+        ("auto", {}, torch.float32),
+        ("float32", {"amx_bf16": True}, torch.float32),
+        ("bfloat16", {}, torch.bfloat16),
+    ],
+)
+def test_precision_and_where_it_is_written(precision, capabilities, computes, tmp_path, monkeypatch, watch):
+    """auto is bfloat16 where the processor multiplies it. args.json has what it came to: elsewhere it may differ."""
+    learners, actors = [], []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    watch(ppo_atari.Learner, "__init__", after=lambda call, _: learners.append(call["agent"].dtype))
+    watch(ppo_atari, "inference_copy", after=lambda call, actor: actors.append(actor.dtype))
+    flags = ["--num-workers", "0", "--precision", precision, "--total-timesteps", "128"]
+    about = json.loads((trained(tmp_path / "run", monkeypatch, *flags) / "args.json").read_text())
+    assert {*learners, *actors} == {computes} and learners and actors
+    expected = {"cores": os.cpu_count(), "device": "cpu", "precision": str(computes)[6:], "threads": 1}
+    assert about["hardware"] == expected and about["flags"]["precision"] == precision
+
+
 def test_another_seed_gives_other_weights(reference, tmp_path, monkeypatch):
     other = weights(trained(tmp_path / "run", monkeypatch, "--num-workers", "0", "--seed", "2"))
     assert not any(torch.equal(other[name], tensor) for name, tensor in weights(reference).items() if tensor.dim() > 1)
@@ -85,7 +109,8 @@ def test_what_a_run_writes(reference):
     names = {path.name.split(".")[0] for path in reference.iterdir()}
     assert names == {"agent", "args", "checkpoint", "events"} and not [p for p in reference.iterdir() if p.is_dir()]
     about = json.loads((reference / "args.json").read_text())
-    assert about["flags"]["gamma"] == 0.99 and about["versions"]["torch"] and about["hardware"]["cores"]
+    assert about["flags"]["gamma"] == 0.99 and about["versions"]["torch"]
+    assert about["hardware"].keys() == {"cores", "device", "threads", "precision"}
     assert reference.name.startswith("ALE-Breakout-v5__ppo_atari__1__")
 
 
