@@ -1049,8 +1049,7 @@ class RunDirectory:
     def begin(self, args: Args, device: torch.device, dtype: torch.dtype, step: int, sight: tuple) -> None:
         """Writes args.json, or raises UsageError, says what runs where, and describes a new run in its events."""
         about = {"flags": args.flags, "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}}
-        about["hardware"] = {"cores": os.cpu_count(), "device": str(device), "threads": torch.get_num_threads()}
-        about["hardware"]["precision"] = str(dtype)[6:]  # what "auto" came to here
+        about["hardware"] = {"device": str(device), "precision": str(dtype)[6:], "threads": torch.get_num_threads()}
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         with suppress(OSError):  # not every machine has git
             about["git"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -1060,6 +1059,7 @@ class RunDirectory:
         say(f"run directory: {self.path}\n{on}")
         if args.resume:  # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap
             self.purge_step, self.kept = step + 1, f"the checkpoint of step {step:,} is kept"
+        tqdm.monitor_interval = 0  # no thread of its own: where memory is short, that fails with a line of its own
         self.bar = tqdm(total=args.num_iterations * args.batch_size, initial=step, unit="steps", disable=None)  # no tty
         self.begun, self.printed = (time.perf_counter(), step), time.perf_counter()
         if not args.resume:
