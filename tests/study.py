@@ -388,6 +388,11 @@ def comparisons(lines: list[dict[str, Any]], metric: str) -> tuple[dict, dict]:
     return scores, found
 
 
+def signed(difference: float) -> str:
+    """Three digits. A difference of 0 is +0, and not the rounding error of its sums."""
+    return f"{round(difference, 9) + 0.0:+.3g}"
+
+
 def report(lines: list[dict[str, Any]], metric: str, picture: str | None) -> None:
     """A table and panels of the picture for each number of steps and --common flags."""
     panels = []
@@ -404,8 +409,8 @@ def report(lines: list[dict[str, Any]], metric: str, picture: str | None) -> Non
             for values in map(by_game.get, games):
                 row.append(f"{fmean(values):.4g} ({', '.join(f'{x:.4g}' for x in values)})" if values else "-")
             for one in map(found[name, flags].get, columns):
-                interval = "{:+.3g}, {:+.3g}".format(*one.interval) if one and one.interval else "-"
-                row.append(f"{one.difference:+.3g} [{interval}], {one.better:.2f}" if one else "-")
+                interval = ", ".join(map(signed, one.interval)) if one and one.interval else "-"
+                row.append(f"{signed(one.difference)} [{interval}], {one.better:.2f}" if one else "-")
             print(f"| {' | '.join(row)} |")
         for column in columns:
             panels.append((f"{title}\n{column}", {name: of[column] for name, of in found.items() if column in of}))

@@ -368,6 +368,15 @@ def test_the_readme_has_the_tables_of_the_commands_in_it(tmp_path, capfd, monkey
         assert (code, error) == (0, "") and len(rows) > 3 and set(rows) <= set(readme.splitlines())
 
 
+def test_no_difference_is_no_rounding_error(tmp_path, capfd):
+    pytest.importorskip("scipy")
+    raw = tmp_path / "raw.jsonl"
+    some = [line("default", seed, mean) for seed, mean in ((1, 0.1), (2, 0.7), (3, 1.3))]
+    some += [line("x", seed, 0.7) for seed in (1, 2, 3)]
+    raw.write_text("".join(json.dumps(one) + "\n" for one in some))
+    assert "| x | --x | 0.7 (0.7, 0.7, 0.7) | +0 [-0.6, +0.6], 0.50 |" in call(capfd, "--table", raw)[1].splitlines()
+
+
 @pytest.mark.parametrize("missing", ["scipy", "matplotlib"])
 def test_missing_library_is_named(missing, tmp_path, capfd, monkeypatch):
     if missing == "matplotlib":
