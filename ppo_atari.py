@@ -132,7 +132,9 @@ def parse_args(argv: list[str] | None = None, saved: Any = MappingProxyType({}),
     positive, weight = between(float, 1e-37, 1e37), between(float, 0, 1e37)  # what float32 can hold
     formatter = partial(argparse.HelpFormatter, max_help_position=40, width=119)
     parser = argparse.ArgumentParser("ppo_atari.py", None, __doc__.split("\n")[0], formatter_class=formatter)
-    parser.allow_abbrev, parser.error = False, refuse
+    mend = "; a switch is --name or --no-name, without a value, and --help lists all flags"
+    parser.allow_abbrev = False
+    parser.error = lambda what: refuse(what + mend * bool(re.search("unrecognized arg|explicit arg", what)))
 
     def flag(name: str, default: Any, kind: Any, help: str) -> None:
         options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
