@@ -138,10 +138,10 @@ def parse_args(argv: list[str] | None = None, saved: Any = MappingProxyType({}),
 
     def flag(name: str, default: Any, kind: Any, help: str) -> None:
         options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
-        options = {"choices": kind} if isinstance(kind, tuple) else options
+        options = {"choices": kind, "type": type(kind[0])} if isinstance(kind, tuple) else options
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
         help += "" if default is None else " (default: %(default)s)"
-        action = group.add_argument(f"--{name}", default=default, help=help, **options)
+        action = group.add_argument(f"--{name.replace('_', '-')}", default=default, help=help, **options)
         free.update({action.dest} if "may change" in group.title else ())
 
     group = parser.add_argument_group("run (a step is one decision of the agent: 4 emulator frames by default)")
@@ -221,10 +221,12 @@ def parse_args(argv: list[str] | None = None, saved: Any = MappingProxyType({}),
             old, new = getattr(earlier, name), getattr(args, name)
             if new < old if name == "total_timesteps" else new != old and name not in free:
                 refuse(f"--resume: --{name.replace('_', '-')} is {old} in that run, not {new}; leave it out")
+        args.argv, args.flags = argv, {name: getattr(args, name) for name in given}
+        args.identity = {name: value for name, value in args.flags.items() if name not in free}
+        if not source and parse_args([], args.flags, "what --resume would read").identity != args.identity:
+            refuse("a flag has another value when --resume or --evaluate reads it: make it a number or a text")
     except UsageError as error:
         parser.exit(2, f"ppo_atari.py: error: {' '.join(str(error).split())}\n")
-    args.argv, args.flags = argv, {name: getattr(args, name) for name in given}
-    args.identity = {name: value for name, value in args.flags.items() if name not in free}
     return args
 
 
@@ -254,6 +256,7 @@ def derive(args: Args) -> None:
         (size < 36 or size % 8 != 4, f"--frame-size must be 8m + 4 and at least 36, such as 44 or 84, not {size}"),
         (not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", args.exp_name), "--exp-name: 1 to 100 characters, and no slashes"),
         ("" in (args.resume, args.evaluate, args.output), "--resume, --evaluate and --output need a path: it is empty"),
+        (args.output and not args.evaluate, "--output is for --evaluate: training makes a directory in runs/"),
         (args.resume and (args.evaluate or args.play), "--resume trains on; leave out --evaluate and --play"),
     ):
         if wrong:
@@ -1115,6 +1118,8 @@ class RunDirectory:
 
     def picture(self, tag: str, obs: np.ndarray, screen: np.ndarray, step: int) -> None:
         """What the agent sees, the stacked frames [k, L, L], to the right of the raw screen [H, W, 3]."""
+        if obs.dtype != np.uint8:  # all that OpenCV and TensorBoard can draw
+            obs = np.interp(obs.astype(float), (obs.min(), obs.max() + 1e-9), (0, 255)).astype(np.uint8)
         size = (len(screen), len(screen))
         frames = [cv2.cvtColor(cv2.resize(f, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB) for f in obs]
         image = np.concatenate([screen, *frames], axis=1)
@@ -1197,7 +1202,8 @@ def join_processes(args: Args, device: torch.device, stack: ExitStack) -> None:
     """Makes torchrun's processes a group until the stack ends. After the optimizer: its imports would keep it alive."""
     if args.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # evaluations may be long
+        with refusing("several processes are started by torchrun", ValueError):
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # evaluations may be long
         stack.callback(dist.destroy_process_group)
         if len(set(gather(device.type))) > 1:
             refuse("some of the processes have a GPU and some have none: give --no-cuda")
@@ -1299,7 +1305,8 @@ def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
         if type(done) is not int or not 0 <= done <= before // args.batch_size or math.isnan(sum(state["recent"])):
             raise ValueError("numbers that cannot be")
         longer = f"the run is now {args.total_timesteps:,} steps long, and the annealing follows"
-        complete = f"{args.resume} is complete; a larger --total-timesteps goes on, --evaluate plays its agent"
+        more = f"--total-timesteps {(done + 1) * args.batch_size} or more"
+        complete = f"{args.resume} is complete; {more} goes on, --evaluate plays its agent"
         if args.rank == 0 and (done >= args.num_iterations or args.total_timesteps != before):
             say(complete if done >= args.num_iterations else longer)
         saved.clear()  # some 20 MB

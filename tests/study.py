@@ -81,14 +81,15 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Of the experiment; another one for other flags."""
         digest = hashlib.sha256(json.dumps([self.variant, self.flags, self.steps, self.common]).encode()).hexdigest()
-        return f"{re.sub(r'[^a-zA-Z0-9.+-]', '-', self.variant)}-{digest[:8]}"
+        return f"{re.sub(r'[^a-zA-Z0-9.+-]', '-', self.variant).lstrip('-')}-{digest[:8]}".lstrip("-")
 
     def prefix(self) -> str:
         return f"{self.game.replace('/', '-')}__{self.name}__{self.seed}"
 
     def directories(self, folder: Path) -> list[Path]:
         """The newest last; more than one only where a run was killed before its first checkpoint."""
-        return sorted(folder.glob(f"runs/{self.prefix()}__[0-9]*"), key=lambda path: int(path.name.split("__")[-1]))
+        found = [path for path in folder.glob(f"runs/{self.prefix()}__*") if path.name.split("__")[-1].isdecimal()]
+        return sorted(found, key=lambda path: int(path.name.split("__")[-1]))
 
     def split(self) -> tuple[str, list[str]]:
         """The script and its flags."""
@@ -99,6 +100,8 @@ class Run(NamedTuple):
         words = ["--num-workers", "0", "--eval-episodes", "30", *shlex.split(self.common), *words]
         if wrong := OURS & {word.partition("=")[0] for word in words}:
             raise Mistake(f"{self.variant}: {wrong.pop()} is not for variants or --common")
+        if re.search(r"--eval-episodes[ =]0+( |$)", " ".join(words)):
+            raise Mistake(f"{self.variant}: without --eval-episodes, a run has no result")
         words += ["--env-id", self.game, "--seed", self.seed, "--total-timesteps", self.steps, "--exp-name", self.name]
         return script, list(map(str, words))
 
@@ -238,7 +241,7 @@ class Child:
                 flags, what = [*flags, "--evaluate", str(path.relative_to(self.folder))], "evaluated"
             elif (path / "checkpoint.pt").exists():
                 flags, what = ["--resume", str(path.relative_to(self.folder))], "resumed"
-            else:
+            elif not (path / "agent.pt").exists():  # nothing that anybody has trained
                 shutil.rmtree(path)
         self.process = subprocess.Popen(
             [sys.executable, "-ISc", LAUNCH, str(core), str(copy), *flags], cwd=self.folder, env=env, stdout=self.log,
@@ -490,17 +493,19 @@ def main(argv: list[str] | None = None) -> int:
         failed = False
         if not options.table:
             grid = [
-                Run(name, words, game, seed, options.steps or STEPS, options.common or "")
+                Run(name, words, game, seed, STEPS if options.steps is None else options.steps, options.common or "")
                 for game in options.games or GAMES
                 for seed in options.seeds or sorted({*SEEDS, *sum(MORE_SEEDS.values(), [])})
                 for name, words in dict.fromkeys(options.variants or VARIANTS.items())
                 if options.seeds or seed in MORE_SEEDS.get(name, SEEDS)
             ]
             failed = work(grid, results)
-        wanted = {"game": options.games, "seed": options.seeds, "steps": options.steps and [options.steps]}
+        wanted = {"game": options.games, "seed": options.seeds, "steps": [options.steps] * (options.steps is not None)}
         wanted |= {"flags": options.variants and [words for _, words in options.variants] + [""]}
         wanted |= {"common": None if options.common is None else [options.common]}
         lines = [line for line in load(results).values() if all(not v or line[k] in v for k, v in wanted.items())]
+        if options.table and not lines:
+            raise Mistake(f"{results}: no finished run is of these")
         if lines:
             report(lines, options.metric, options.picture)
         return int(failed)

@@ -16,7 +16,7 @@ from ppo_atari import parse_args
 ROOT = Path(ppo_atari.__file__).parent
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_those_of_baselines():
     args = vars(parse_args([]))
     expected = {
         "env_id": "ALE/Breakout-v5", "seed": 1, "total_timesteps": 10_000_000, "num_envs": 8, "num_steps": 128,
@@ -65,6 +65,7 @@ MISTAKES = [
     ("--evaluate=", "path"),
     ("--resume=", "path"),
     ("--output=", "path"),
+    ("--output there", "--evaluate"),
     ("--evaluate nowhere --output=", "path"),
     ("--clip-coef 1e39", "--clip-coef"),
     ("--learning-rate 1e-60", "--learning-rate"),
@@ -190,20 +191,39 @@ def test_readme_names_every_flag_that_exists_and_no_other():
     assert named <= flags | others, named - flags - others
 
 
-def test_flag_behind_the_last_one_describes_the_run(tmp_path, capfd):
-    """Where a user would put it: --evaluate takes it from the run, and --resume refuses another value."""
+def with_flag(flag, tmp_path):
+    """The script with this call behind its last flag, where a user would put it."""
     lines = Path(ppo_atari.__file__).read_text().split("\n")
     last = max(i for i, line in enumerate(lines) if line.startswith("    flag("))
     copy = tmp_path / "mine.py"
-    copy.write_text("\n".join([*lines[: last + 1], '    flag("hidden", 3, count, "units")', *lines[last + 1 :]]))
+    copy.write_text("\n".join([*lines[: last + 1], f"    {flag}", *lines[last + 1 :]]))
     spec = importlib.util.spec_from_file_location("mine", copy)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    args = module.parse_args(["--hidden", "5"])
-    assert args.identity["hidden"] == 5
-    assert module.parse_args(["--evaluate", "x"], args.flags).hidden == 5
+    return module
+
+
+@pytest.mark.parametrize(
+    "flag", ['"hidden-units", 3, count, "h"', '"hidden_units", 3, int, "h"', '"hidden-units", 3, (3, 5, 6), "h"']
+)
+def test_flag_behind_the_last_one_describes_the_run(flag, tmp_path, capfd):
+    """--evaluate takes it from the run, and --resume refuses another value."""
+    module = with_flag(f"flag({flag})", tmp_path)
+    args = module.parse_args(["--hidden-units", "5"])
+    assert args.identity["hidden_units"] == 5
+    assert module.parse_args(["--evaluate", "x"], args.flags).hidden_units == 5
     (tmp_path / "args.json").write_text(json.dumps({"flags": args.flags}))
-    assert module.parse_args(["--resume", str(tmp_path)]).hidden == 5
+    assert module.parse_args(["--resume", str(tmp_path)]).hidden_units == 5
     with pytest.raises(SystemExit):
-        module.parse_args(["--resume", str(tmp_path), "--hidden", "6"])
-    assert "--hidden" in capfd.readouterr().err
+        module.parse_args(["--resume", str(tmp_path), "--hidden-units", "6"])
+    assert "--hidden-units" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ['"mine", 0, count, "h"', '"mine", False, str, "h"', '"mine", 0.5, str, "h"'])
+def test_a_flag_that_no_resume_could_read_is_refused_before_training(flag, tmp_path, capfd):
+    """Outside of its own range, or of another type when it is read again."""
+    module = with_flag(f"flag({flag})", tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        module.parse_args([])
+    error = capfd.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and "--resume" in error

@@ -187,6 +187,17 @@ def test_weights_that_drift_apart_are_told(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 8
 
 
+def test_several_processes_without_torchrun(monkeypatch, tmp_path, capfd):
+    """One line that names it, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert ppo_atari.main(list(map(str, FLAGS))) == 2
+    error = capfd.readouterr().err
+    assert "torchrun" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_two_ranks_do_what_one_process_does(pair, tmp_path):
     """On the same data, in two halves or in one piece: the same update, up to rounding, and the same games."""
     single = watched(tmp_path)

@@ -285,6 +285,7 @@ def test_signal_during_the_final_evaluation(signum, tmp_path, monkeypatch, capfd
     for flags in ([], ["--total-timesteps", 32], ["--total-timesteps", 47, "--eval-episodes", 1]):
         code, out, error = here(capfd, "--resume", run, *flags)
         assert code == 0 and "complete" in out + error and (out + error).count("\n") == 1, (out, error)
+        assert "--total-timesteps 48 or more" in out + error  # 47 is larger, but no rollout more
         assert content(run) == before
 
 

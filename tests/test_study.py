@@ -255,6 +255,9 @@ def test_a_failing_run_does_not_stop_the_others(fake, capfd):
         (["--variants", "mine: --seed 4"], "--seed"),
         (["--common=--env-id=B"], "--env-id"),
         (["--seeds", "x"], "x"),
+        (["--common=--eval-episodes 0"], "--eval-episodes"),
+        (["--common=--eval-episodes=0 --gamma 1"], "--eval-episodes"),
+        (["--table", "good.jsonl", "--games", "Typo"], "good.jsonl: no finished run"),
         (["--table", "none.jsonl"], "none.jsonl: No such file"),
         (["--results", "bad.jsonl"], "bad.jsonl, line 2 is not a result"),
         (["--table", "bad.jsonl"], "bad.jsonl, line 2 is not a result"),
@@ -262,10 +265,27 @@ def test_a_failing_run_does_not_stop_the_others(fake, capfd):
 )
 def test_mistakes_are_told_in_one_line(argv, message, fake, capfd, monkeypatch):
     monkeypatch.chdir(fake)
+    Path("good.jsonl").write_text(json.dumps(line("default", 1, 2.0)) + "\n")
     Path("bad.jsonl").write_text(json.dumps(line("default", 1, 2.0)) + "\n{}\n")
     code, _, error = call(capfd, "--results", fake / "r.jsonl", *argv)
     assert code == 2 and error.count("\n") == 1 and message in error, error
     assert not list(fake.glob("runs/*"))
+
+
+def test_nothing_trained_is_deleted(fake, capfd):
+    """A run without checkpoint.pt, as a full disk leaves it, begins anew; what has weights stays. A copy beside a run
+    is not one, and a name of other letters does not make a flag of the run's."""
+    run = study.Run("λ=1", "", "A", 1, 8, "")
+    assert not run.name.startswith("-")
+    for number in (2, 3):
+        (fake / f"runs/{run.prefix()}__{number}").mkdir(parents=True)
+    weights = fake / f"runs/{run.prefix()}__2/agent.pt"
+    weights.touch()
+    (fake / f"runs/{run.prefix()}__1.bak").mkdir()
+    argv = ["--games", "A", "--seeds", 1, "--steps", 8, "--results", fake / "r.jsonl", "--variants", "λ=1: "]
+    code, out, error = call(capfd, *argv)
+    assert "begun" in out and "Traceback" not in error, error
+    assert weights.exists() and not (fake / f"runs/{run.prefix()}__3").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- statistics

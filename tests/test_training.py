@@ -8,7 +8,9 @@ import os
 import random
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -339,6 +341,21 @@ def test_observations_that_are_not_bytes(tmp_path, monkeypatch, watch):
     trained(tmp_path / "run", monkeypatch, "--no-scale-obs", "--num-workers", "2")
     assert all(obs.dtype == torch.float32 and 0.3 < obs.max() <= 1 for obs in seen) and len(seen) == 4 * 16
     assert torch.equal(seen[0], (seen[0] * 255).round() / 255) and len(seen[0].unique()) > 5
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "uint16", "int64", "float16", "float32", "float64"])
+def test_picture_of_frames_of_any_type(kind, tmp_path):
+    """The screen as it is, beside it the frame from its darkest, black, to its brightest, white."""
+    images, screen = [], np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    obs = np.linspace(0, 255 if kind == "uint8" else 100, 64).astype(kind).reshape(1, 8, 8)
+    with closing(ppo_atari.RunDirectory(tmp_path)) as run:
+        run.events = lambda add: add(SimpleNamespace(add_image=lambda tag, image, *rest, **how: images.append(image)))
+        run.picture("observation", obs, screen, 0)
+    (image,) = images
+    assert image.dtype == np.uint8 and np.array_equal(image[:, :8], screen)
+    frame = image[:, 8:, 0].astype(int)
+    assert frame.min() == 0 and frame.max() >= 254 and (np.diff(frame.flatten()) >= 0).all()
+    assert np.abs(frame.flatten() - np.linspace(0, 255, 64)).max() < 4
 
 
 def test_what_the_last_step_left_is_there_at_the_first(tmp_path, monkeypatch, watch):
