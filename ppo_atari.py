@@ -295,10 +295,20 @@ def pack(value: Any, is_key: bool = False) -> Any:
     raise UsageError(f"a checkpoint cannot hold a {type(value).__name__}; keep its parts: see pack()")
 
 
-def unpack(current: Any, kept: Any) -> Any:
-    """What pack() kept, put back into `current` where that can be changed in place. An error of any kind: no fit."""
-    if isinstance(current, Tensor):  # an empty one may have grown
-        return current.copy_(kept.view(current.dtype).view(current.shape)) if current.numel() else kept.to(current)
+def unpack(current: Any, kept: Any, seen: set | None = None) -> Any:
+    """What pack() kept, put back into `current` where that can be changed in place. An error of any kind: no fit. seen:
+    where it has been put already, since one object under two names may have been two when they were kept."""
+    seen = set() if seen is None else seen
+    if isinstance(current, (list, dict, deque)):
+        current = copy.deepcopy(current) if id(current) in seen else current
+        seen.add(id(current))
+    if isinstance(current, Tensor) and kept.dtype == current.dtype:
+        place, kept = current.data_ptr(), kept.view(current.shape) if current.numel() else kept  # which may have grown
+        if not current.numel() or place in seen and not torch.equal(current.cpu(), kept):
+            return kept.to(current)
+        seen.add(place)
+        current.detach().copy_(kept)  # it may be a parameter
+        return current
     if isinstance(kept, dict) and kept.keys() == {"ndarray", "dtype"}:
         kept = kept["ndarray"].numpy().view(kept["dtype"]).copy()[()]  # [()]: a number of NumPy's, if it was one
     elif isinstance(kept, dict) and kept.keys() == {"deque", "maxlen"}:
@@ -306,13 +316,12 @@ def unpack(current: Any, kept: Any) -> Any:
     elif isinstance(kept, dict):
         old = current if isinstance(current, dict) else {}
         names = [*kept, *(name for name, part in old.items() if isinstance(part, Tensor) and name not in kept)]
-        kept = {name: unpack(old.get(name), kept[name]) for name in names}
+        kept = {name: unpack(old.get(name), kept[name], seen) for name in names}
     elif isinstance(kept, (list, tuple)):
         old = [*current] if type(current) is type(kept) else []
-        old = [None if isinstance(part, (Tensor, np.ndarray)) else part for part in old]  # it may stand there twice
-        kept = type(kept)(map(unpack, old + [None] * len(kept), kept))
+        kept = type(kept)(unpack(mine, its, seen) for mine, its in zip(old + [None] * len(kept), kept))
     numbers = [isinstance(x, (int, float, np.generic, np.ndarray)) and np.ndim(x) == 0 for x in (current, kept)]
-    kinds = [(type(x), getattr(x, "dtype", None), getattr(x, "ndim", None)) for x in (current, kept)]
+    kinds = [f"{type(x).__name__} {getattr(x, 'dtype', '')} {getattr(x, 'ndim', '')}" for x in (current, kept)]
     if hasattr(current, "load_state_dict"):
         current.load_state_dict(kept)
     elif isinstance(current, torch.Generator):
@@ -325,11 +334,14 @@ def unpack(current: Any, kept: Any) -> Any:
         current.clear()
         current.update(kept)
     elif any(numbers) or kinds[0] != kinds[1]:
-        raise TypeError(f"{type(kept).__name__} in place of {type(current).__name__}")
+        raise TypeError(f"{kinds[1].strip()} in place of {kinds[0].strip()}")
     elif isinstance(current, (list, deque)):
         current.clear()
         current.extend(kept)
-    elif isinstance(current, np.ndarray) and current.shape == kept.shape:
+    elif isinstance(current, np.ndarray) and current.shape == kept.shape and current.flags.writeable:
+        if current.ctypes.data in seen and not np.array_equal(current, kept):
+            return kept
+        seen.add(current.ctypes.data)
         current[...] = kept
     else:
         return kept
@@ -527,8 +539,9 @@ def set_env_state(env: gym.Env, state: dict[str, Any], generator: np.random.Gene
         ale.restoreState(ale_py.ALEState(state["emulator"]))
         unpack(generator, state["generator"])
         unpack(env.np_random, state["np_random"])
-        for (wrapper, name), value in zip(saved_attributes(env), state["wrappers"], strict=True):
-            setattr(wrapper, name, unpack(getattr(wrapper, name), value))
+        places = [*saved_attributes(env)]
+        for place, value in zip(places, unpack([getattr(*place) for place in places], state["wrappers"]), strict=True):
+            setattr(*place, value)
 
 
 def forget_last_action(env: gym.Env) -> None:
@@ -1288,7 +1301,13 @@ def save(run: RunDirectory | Nothing, state: dict[str, Any], args: Args, step: i
 
 
 def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
-    """Restores in place, from the checkpoint of --resume, what save() wrote. Raises UsageError if it does not fit."""
+    """Restores in place, from the checkpoint of --resume, what save() wrote. UsageError if it does not fit or, in a new
+    run, if it never will: what a checkpoint cannot hold or bring back is refused now, and not after hours."""
+    if not args.resume:
+        packed = pack(state)
+        with refusing("a checkpoint cannot bring back `state` in train"):
+            unpack(state, packed)
+        return
     with refusing(f"--resume: {args.resume}/checkpoint.pt is not of the run in args.json"):
         if 1 + len(saved["ranks"]) != args.world_size:
             refuse(f"--resume: that run has {1 + len(saved['ranks'])} processes, not {args.world_size}")
@@ -1394,9 +1413,7 @@ def train(args: Args) -> int:
             "generators": [shuffler, torch.default_generator, np.random.Generator(np.random.get_bit_generator())],
             "random": SimpleNamespace(state_dict=random.getstate, load_state_dict=random.setstate),
         }  # fmt: skip
-        if args.resume:
-            load(state, saved, args)
-        pack(state)  # refuses now, and not after hours, what a checkpoint cannot hold
+        load(state, saved, args)
         step = state["iteration"] * args.batch_size
         if state["iteration"] >= args.num_iterations:
             return 0
@@ -1474,11 +1491,6 @@ def evaluate(args: Args) -> int:
     args = parse_args(args.argv, content["flags"], str(path))
     env, folder, step, run = make_env(args), Path(args.output or path.parent), content.get("step", 0), Nothing()
     with refusing(f"the weights in {path} do not fit {args.env_id} and these flags"):
-        agent = None
-        with suppress(Exception), torch.device("meta"):  # the shapes alone, before anything large is allocated
-            agent = make_agent(args, env)
-        if agent is not None:
-            agent.load_state_dict(content["weights"], assign=True)
         if type(step) is not int or not 0 <= step < 2**53:
             raise ValueError("no such step")
         agent = make_agent(args, env)

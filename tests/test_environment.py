@@ -1,5 +1,6 @@
 """Section 2: the seven wrappers, each against the emulator or a slow version of its own, and what is saved of them."""
 
+import copy
 import enum
 import io
 import multiprocessing
@@ -517,6 +518,66 @@ def test_a_stock_wrapper_keeps_its_statistics():
         p.get_env_state(env)
 
 
+def test_a_wrapper_whose_attributes_begin_as_one_object():
+    """After a reset, the frame before is the frame itself: one array, tensor or list of two names, restored as two."""
+
+    class Moving(gym.Wrapper):
+        """Rewards what moved since the frame before."""
+
+        saved = ("before", "now", "tensors", "old", "new", "past", "counts", "twin", "same")
+
+        def reset(self, **kwargs):
+            obs, info = self.env.reset(**kwargs)
+            self.before = self.now = obs
+            self.tensors = [torch.from_numpy(obs)] * 2
+            self.old = self.new = [0]
+            self.past, (self.counts, self.twin, self.same) = {}, [{"pixels": obs[0]}] * 3
+            return obs, info
+
+        def step(self, action):
+            obs, reward, *rest = self.env.step(action)
+            self.before, self.now = self.now, obs
+            self.tensors = [self.tensors[1], torch.from_numpy(obs)]
+            self.old, self.new = self.new, [action]
+            self.past, self.counts = self.counts, {"pixels": obs[1]}
+            self.twin = self.same = {"pixels": obs[2], "more": [obs]}
+            return obs, float(np.abs(self.now.astype(float) - self.before).sum()), *rest
+
+    env, twin = (Moving(make_env(args_for("ALE/Breakout-v5"))) for _ in range(2))
+    env.reset(seed=1)
+    actions = np.random.default_rng(1).integers(4, size=60).tolist()
+    for action in actions[:30]:
+        env.step(action)
+    kept = through_a_file(p.get_env_state(env))
+    before = {name: copy.deepcopy(getattr(env, name)) for name in env.saved}
+    assert not np.array_equal(env.before, env.now) and env.old != env.new
+    expected = [env.step(action)[1] for action in actions[30:]]
+    twin.reset(seed=2)
+    p.set_env_state(twin, kept)
+    assert not [name for name, value in before.items() if not same(getattr(twin, name), value)]
+    assert [twin.step(action)[1] for action in actions[30:]] == expected
+
+
+def test_what_is_changed_in_place_is_restored_in_place():
+    """Whoever holds it sees it, an optimizer for one: parameters, at any depth; what is one object stays one."""
+    first, second, shared = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    array = np.zeros(2)
+    mine = {"multiplier": first, "more": [second, (array, [shared])], "again": shared, "arrays": {"a": array}}
+    with torch.no_grad():
+        for i, parameter in enumerate((first, second, shared)):
+            parameter.add_(i + 1)
+    array += 4
+    kept = through_a_file(p.pack(mine))
+    with torch.no_grad():
+        for parameter in (first, second, shared):
+            parameter.zero_()
+    array[:] = 0
+    back = p.unpack(mine, kept)
+    assert [float(x.detach().mean()) for x in (first, second, shared)] == [1, 2, 3] and array.tolist() == [4, 4]
+    assert back["multiplier"] is first and back["more"][0] is second and back["more"][1][0] is array
+    assert back["again"] is shared and back["more"][1][1][0] is shared and back["arrays"]["a"] is array
+
+
 def test_frames_in_colour():
     """A wrapper that gives [3, L, L]: the stack has the channels of the oldest frame first."""
 
@@ -616,6 +677,7 @@ KEPT = {
     "numbers of numpy": (None, (np.float32(0.1), np.float64(2.5), np.int16(3), np.bool_(True))),
     "array": (np.zeros((2, 3), np.uint8), np.arange(6, dtype=np.uint8).reshape(2, 3)),
     "unsigned arrays": (None, [np.array([2**32 - 1, 0], np.uint32), np.uint16(65535), np.uint64(2**64 - 1)]),
+    "an array that nobody may write to": (np.broadcast_to(np.uint8(0), (2, 3)), np.ones((2, 3), np.uint8)),
     "array with gaps": (None, np.arange(8.0)[::-2]),
     "arrays of other types": (None, [np.zeros((0, 2), np.float32), np.array([True]), np.array([2**63], np.uint64)]),
     "a dictionary that grew": ({}, {"room 1": 3, 7: [np.ones(2)]}),
@@ -684,10 +746,22 @@ def test_generators_come_back_in_place(kind):
         (1, "one"),
         (1.5, [1]),
         (torch.zeros(2), torch.zeros(3)),
+        (torch.zeros(2, dtype=torch.int32), torch.ones(2)),
+        (torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.uint8)),
+        (torch.zeros(0, dtype=torch.int64), torch.ones(2)),
         ({"a": torch.zeros(1)}, {}),
         (np.random.default_rng(), {}),
     ],
-    ids=["text for a number", "a list for a number", "a longer tensor", "no tensor", "no generator"],
+    ids=[
+        "text for a number",
+        "a list for a number",
+        "a longer tensor",
+        "floats for integers",
+        "integers for booleans",
+        "floats for none yet",
+        "no tensor",
+        "no generator",
+    ],
 )
 def test_a_value_that_does_not_fit_is_refused(current, saved):
     with pytest.raises((ValueError, TypeError, KeyError, RuntimeError)):

@@ -361,18 +361,39 @@ def test_loss_that_is_not_finite(iteration, tmp_path, capfd, monkeypatch):
         assert here(capfd, "--resume", run)[0] == 0
 
 
-def test_state_that_no_checkpoint_could_hold(tmp_path, monkeypatch, capfd):
-    """What a user adds to `state` is refused when the run starts, not when its first checkpoint is due."""
+@pytest.mark.parametrize(
+    ("mine", "says"),
+    [("{1, 2}", "a set"), ("torch.zeros(1).expand(3)", "`state`"), ("torch.zeros(2).to_sparse()", "`state`")],
+    ids=["of an unknown kind", "that could not be written to", "that could not be read back"],
+)
+def test_state_that_no_checkpoint_could_hold(mine, says, tmp_path, monkeypatch, capfd):
+    """What a user adds to `state` is refused when the run starts, not when its first checkpoint is due, or read."""
     monkeypatch.chdir(tmp_path)
+    module = with_state(tmp_path, mine)
+    assert module.main([*TINY, "32"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and says in error
+    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
+
+
+def with_state(folder, mine):
+    """The script with one more entry in `state`."""
     place = '"recent": deque(maxlen=100),'
     source = Path(ppo_atari.__file__).read_text()
     assert source.count(place) == 1
-    copy = tmp_path / "mine.py"
-    copy.write_text(source.replace(place, place + ' "mine": {1, 2},'))
+    copy = folder / "mine.py"
+    copy.write_text(source.replace(place, place + f' "mine": {mine},'))
     spec = importlib.util.spec_from_file_location("mine", copy)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main([*TINY, "32"]) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "a set" in error
-    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
+    return module
+
+
+def test_a_parameter_of_ones_own_in_the_state(tmp_path, monkeypatch, capfd):
+    """A multiplier, say, with an optimizer of its own: it must not be found unreadable when it is needed."""
+    monkeypatch.chdir(tmp_path)
+    module = with_state(tmp_path, "nn.Parameter(torch.full((1,), 0.5))")
+    assert module.main([*TINY, "32"]) == 0
+    (run,) = tmp_path.glob("runs/*")
+    assert module.main(["--resume", str(run), "--total-timesteps", "64"]) == 0, capfd.readouterr().err
+    assert checkpoint(run)["mine"].tolist() == [0.5]
