@@ -917,7 +917,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Tensors, args:
     for group in optimizer.param_groups:
         group["lr"].copy_(knobs["learning_rate"] * group["lr_scale"])
     optimizer.step()
-    return {name: stat.detach() for name, stat in stats.items()} | {"grad_norm": grad_norm}
+    return {name: stat.detach().float() for name, stat in stats.items()} | {"grad_norm": grad_norm}
 
 
 def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
@@ -967,7 +967,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # [core 3]
         self.settle(self.optimizer)
         self.optimizer.register_load_state_dict_post_hook(self.settle)  # a checkpoint may be another machine's
-        agent.dtype, self.batch, self.step = dtype, {}, None
+        agent.dtype, self.batch, self.step, self.fixed = dtype, {}, None, {}
 
     def settle(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes each group's learning rate a tensor on the device, to be changed in place."""
@@ -975,8 +975,21 @@ class Learner:
             group.setdefault("lr_scale", float(group["lr"]) / self.args.learning_rate)
             group |= {"lr": torch.tensor(float(group["lr"]), device=self.device), "capturable": self.graphed}
 
+    def refuse_changes(self) -> None:
+        """RunError for what changes where neither a checkpoint nor a worker nor a CUDA graph would see it: a number or
+        a text in args or in a module of the agent, or a learning rate that a scheduler sets."""
+        owners = {"args": self.args, **dict(self.agent.named_modules(prefix="agent"))}
+        values = [(f"{owner}.{name}", x) for owner, part in owners.items() for name, x in vars(part).items()]
+        fixed = {name: x for name, x in values if isinstance(x, (int, float, str, type(None)))}
+        changed = [name for name, x in fixed.items() if self.fixed.get(name, x) != x]
+        changed += ["a scheduler's learning rate" for group in self.optimizer.param_groups if "initial_lr" in group]
+        if changed:
+            raise RunError(f"{changed[0]} changes during training, and no checkpoint holds it: see make_knobs()")
+        self.fixed = fixed
+
     def fill(self, storage: Tensors, **computed: Tensor) -> None:
         """Makes a rollout [T + 1, N, ...] and what was computed from it [T, N] the batch [T * N, ...], in place."""
+        self.refuse_changes()
         for name, source in ({name: tensor[:-1] for name, tensor in storage.items()} | computed).items():
             source = source.flatten(0, 1).to(self.device, non_blocking=True)
             if name not in self.batch:

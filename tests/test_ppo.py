@@ -450,6 +450,45 @@ def test_a_knob_is_filled_and_not_replaced():
     assert float(one.knobs["ent_coef"]) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("args.clip_coef", lambda one: setattr(one.args, "clip_coef", 0.05)),
+        ("args.target_kl", lambda one: setattr(one.args, "target_kl", 0.02)),
+        ("agent.temperature", lambda one: setattr(one.agent, "temperature", 0.5)),
+        ("agent.network.1.mode", lambda one: setattr(one.agent.network[1], "mode", "late")),
+        ("scheduler", lambda one: torch.optim.lr_scheduler.ConstantLR(one.optimizer)),
+    ],
+)
+def test_what_is_no_knob_stays_as_it_is(name, change):
+    """Annealed by hand or by a scheduler, it would begin anew with --resume, and stand still in a CUDA graph."""
+    one = learner()
+    one.agent.temperature, one.agent.network[1].mode = 1.0, "early"
+    storage, computed = p.allocate(one.args, p.make_env(one.args)), torch.zeros(8, 2)
+    for i in range(3):
+        one.knobs["ent_coef"].fill_(0.1 * i)
+        one.fill(storage, advantage=computed, return_=computed)
+        one.update(torch.arange(8))
+    change(one)
+    with pytest.raises(p.RunError, match=name):
+        one.fill(storage, advantage=computed, return_=computed)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(3), torch.tensor(True), torch.tensor(0.5, dtype=torch.float64)])
+def test_a_scalar_of_any_type_is_logged(number, monkeypatch):
+    """A count or a truth value beside the losses: what is logged is their mean, for which they must be floats."""
+    loss = p.ppo_loss
+
+    def counting(*batch):
+        total, stats = loss(*batch)
+        return total, stats | {"mine": number}
+
+    monkeypatch.setattr(p, "ppo_loss", counting)
+    stats = learner().update(torch.arange(8))
+    assert torch.stack([stats["mine"], stats["entropy"]]).mean() == (float(number) + stats["entropy"]) / 2
+    assert stats["mine"].mean() == float(number)
+
+
 class PretendedGraph(TorchDispatchMode):
     """What a CUDA graph is: the kernels of the captured code with the addresses and numbers that they had then, again
     and again. As there, nothing can be read from the device while it is captured."""
