@@ -42,6 +42,7 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -215,7 +216,9 @@ def parse_args(argv: list[str] | None = None, saved: Any = MappingProxyType({}),
             if value is not None and name not in skipped:
                 before += [f"--{'' if value else 'no-'}{typed}" if isinstance(value, bool) else f"--{typed}={value}"]
         with refusing(source, UsageError):
-            derive(earlier := parser.parse_args(before))
+            earlier = parser.parse_args(before)
+            if source:
+                derive(earlier)
         derive(args := parser.parse_args(before + argv))
         for name in given if resume else ():
             old, new = getattr(earlier, name), getattr(args, name)
@@ -232,8 +235,9 @@ def parse_args(argv: list[str] | None = None, saved: Any = MappingProxyType({}),
 
 def derive(args: Args) -> None:
     """Fills in what follows from the flags and the machine, and checks what one flag alone cannot show."""
-    for name, default in (("rank", 0), ("local_rank", 0), ("world_size", 1), ("local_world_size", 1)):  # torchrun's
-        setattr(args, name, int(os.environ.get(name.upper(), default)))
+    for name, low in (("rank", 0), ("local_rank", 0), ("world_size", 1), ("local_world_size", 1)):  # torchrun's
+        with refusing(f"{name.upper()} in the environment", argparse.ArgumentTypeError):
+            setattr(args, name, between(int, low, 2**20)(os.environ.get(name.upper(), str(low))))
     try:
         spec = gym.spec(args.env_id)  # imports nothing
     except (gym.error.Error, ImportError, ValueError):
@@ -249,6 +253,7 @@ def derive(args: Args) -> None:
     pieces, size = args.num_minibatches * args.world_size, args.frame_size
     for wrong, message in (
         (not playable, f"--env-id {args.env_id} is not an Atari game, or has continuous actions"),
+        (args.rank >= args.world_size, "RANK and WORLD_SIZE in the environment: start with torchrun, or unset both"),
         (args.num_envs % args.world_size, f"--num-envs {args.num_envs} cannot be split evenly over {share}"),
         (args.batch_size % pieces, f"--num-minibatches {args.num_minibatches} does not divide {sizes} / {share}"),
         (args.norm_adv and args.batch_size < 2 * pieces, "a minibatch of one sample has no spread: --no-norm-adv"),
@@ -980,7 +985,7 @@ class Learner:
         a text in args or in a module of the agent, or a learning rate that a scheduler sets."""
         owners = {"args": self.args, **dict(self.agent.named_modules(prefix="agent"))}
         values = [(f"{owner}.{name}", x) for owner, part in owners.items() for name, x in vars(part).items()]
-        fixed = {name: x for name, x in values if isinstance(x, (int, float, str, type(None)))}
+        fixed = {name: repr(x) for name, x in values if isinstance(x, (int, float, str, type(None)))}
         changed = [name for name, x in fixed.items() if self.fixed.get(name, x) != x]
         changed += ["a scheduler's learning rate" for group in self.optimizer.param_groups if "initial_lr" in group]
         if changed:
@@ -1173,13 +1178,14 @@ class RunDirectory:
 
     def farewell(self, step: int, stopped: int) -> None:
         """Says how a training ended, and how to go on if it was stopped."""
+        path = shlex.quote(str(self.path))
         if self.failing:
             what = " and ".join(sorted(self.failing))
             say(f"ppo_atari.py: {what} could not be written to the end; {self.kept}", sys.stderr)
         elif stopped and step < self.bar.total:
-            say(f"stopped and saved at step {step:,}; to go on: python ppo_atari.py --resume {self.path}")
+            say(f"stopped and saved at step {step:,}; to go on: python ppo_atari.py --resume {path}")
         elif stopped:
-            say(f"the training is complete; its score: python ppo_atari.py --evaluate {self.path}")
+            say(f"the training is complete; its score: python ppo_atari.py --evaluate {path}")
 
 
 # ------------------------------------------------------------------------------------------------------- 7 processes
@@ -1555,5 +1561,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # noqa: SIM115  >&-
     sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to lose a score
     sys.exit(main())

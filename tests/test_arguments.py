@@ -104,6 +104,20 @@ def test_a_mistake_gets_one_line_and_exit_code_2(flags, says, capsys):
     assert says in error and error.count("\n") == 1 and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "-1"), ("RANK", "1")]
+)
+def test_what_torchrun_would_never_say(name, value, monkeypatch, capsys):
+    """Left behind by another program, say. A rank of its own above the only process would train and keep nothing."""
+    for other in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exit:
+        parse_args([])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and f"error: {name} " in error and error.count("\n") == 1, error
+
+
 def test_exit_code_and_line_of_the_real_program():
     command = [sys.executable, ROOT / "ppo_atari.py", "--env-id", "Breakout"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -329,6 +330,35 @@ def test_real_process_that_evaluates(signum, run, tmp_path):
 
 
 # --- Saying what is true -------------------------------------------------------------------------------------------
+
+
+def test_the_command_that_goes_on_can_be_typed(tmp_path, monkeypatch, capfd):
+    """As it stands there, in a shell, whatever the run is called."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo_atari.StopRequest, "agreed", lambda stop: setattr(stop, "signum", 2) or 2)
+    code, out, _ = here(capfd, *TINY, 32, "--exp-name", "what's this & that")
+    assert code == 130
+    command = shlex.split(re.search(r"to go on: (.*)", out)[1])
+    assert command[:3] == ["python", "ppo_atari.py", "--resume"] and len(command) == 4
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert here(capfd, *command[2:])[0] == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_without_a_terminal(closed, tmp_path):
+    """Standard streams may be closed, as some job systems do: nothing is said, and all is kept."""
+    command = shlex.join(map(str, [sys.executable, ppo_atari.__file__, *TINY, 32, "--eval-episodes", 1]))
+    assert (
+        subprocess.run(
+            ["sh", "-c", f"exec {command} {closed}"], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ).returncode
+        == 0
+    )
+    run = run_directory(tmp_path)
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] == 2
+    assert len(json.loads((run / "eval.json").read_text())["scores"]) == 1
+    assert len(curves(run)["losses/entropy"]) == 2
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

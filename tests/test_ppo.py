@@ -463,7 +463,7 @@ def test_a_knob_is_filled_and_not_replaced():
 def test_what_is_no_knob_stays_as_it_is(name, change):
     """Annealed by hand or by a scheduler, it would begin anew with --resume, and stand still in a CUDA graph."""
     one = learner()
-    one.agent.temperature, one.agent.network[1].mode = 1.0, "early"
+    one.agent.temperature, one.agent.network[1].mode, one.agent.limit = 1.0, "early", float("nan")
     storage, computed = p.allocate(one.args, p.make_env(one.args)), torch.zeros(8, 2)
     for i in range(3):
         one.knobs["ent_coef"].fill_(0.1 * i)
