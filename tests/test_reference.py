@@ -37,7 +37,7 @@ def test_shipped_agent_plays(run: Path):
     assert (args.env_id, args.seed) == (claimed["env_id"], 77)
     agent = ppo_atari.make_agent(args, ppo_atari.make_env(args))
     agent.load_state_dict(content["weights"])
-    actor = ppo_atari.inference_copy(agent, torch.bfloat16)
+    actor = ppo_atari.inference_copy(agent, ppo_atari.choose_dtype(args, torch.device("cpu")))  # as --evaluate does
     scores = [score for score, _ in ppo_atari.full_games(args, actor, games)]
     assert np.mean(scores) > bound, scores
 
