@@ -55,7 +55,7 @@ import weakref
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial, reduce
 from multiprocessing import connection, parent_process
@@ -215,10 +215,9 @@ def parse_args(argv: list[str] | None = None, saved: Any = MappingProxyType({}),
             typed = name.replace("_", "-")
             if value is not None and name not in skipped:
                 before += [f"--{'' if value else 'no-'}{typed}" if isinstance(value, bool) else f"--{typed}={value}"]
-        with refusing(source, UsageError):
-            earlier = parser.parse_args(before)
-            if source:
-                derive(earlier)
+        if source:
+            with refusing(source, UsageError):
+                derive(earlier := parser.parse_args(before))
         derive(args := parser.parse_args(before + argv))
         for name in given if resume else ():
             old, new = getattr(earlier, name), getattr(args, name)
@@ -263,6 +262,7 @@ def derive(args: Args) -> None:
         ("" in (args.resume, args.evaluate, args.output), "--resume, --evaluate and --output need a path: it is empty"),
         (args.output and not args.evaluate, "--output is for --evaluate: training makes a directory in runs/"),
         (args.resume and (args.evaluate or args.play), "--resume trains on; leave out --evaluate and --play"),
+        (args.world_size > 1 and (args.evaluate or args.play), "leave out torchrun with --evaluate and --play"),
     ):
         if wrong:
             refuse(message)
@@ -286,36 +286,35 @@ def pack(value: Any, is_key: bool = False) -> Any:
     if isinstance(value, np.generic) and is_key:
         return value.item()
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
-        array = np.array(value, order="C")  # signed, because torch sends no tensor of uint32 to another process
-        signed = array.view(f"i{array.itemsize}") if array.dtype.kind == "u" else array
-        return {"ndarray": torch.tensor(signed), "dtype": array.dtype.name}
+        return {"ndarray": value.tobytes().decode("latin-1"), "dtype": value.dtype.str, "shape": value.shape}
     if isinstance(value, dict):
         return {pack(name, True): pack(part) for name, part in value.items()}
     if isinstance(value, deque):
         return {"deque": pack(list(value)), "maxlen": value.maxlen}
     if type(value) in (list, tuple):
         return type(value)(pack(part, is_key) for part in value)
-    if type(value) in (type(None), bool, int, float, str, bytes):
+    if type(value) in (type(None), bool, int, float, str) or (type(value) is bytes and value):  # torch reads no b""
         return value
     raise UsageError(f"a checkpoint cannot hold a {type(value).__name__}; keep its parts: see pack()")
 
 
-def unpack(current: Any, kept: Any, seen: set | None = None) -> Any:
+def unpack(current: Any, kept: Any, seen: dict | None = None) -> Any:
     """What pack() kept, put back into `current` where that can be changed in place. An error of any kind: no fit. seen:
     where it has been put already, since one object under two names may have been two when they were kept."""
-    seen = set() if seen is None else seen
+    seen = {} if seen is None else seen
     if isinstance(current, (list, dict, deque)):
         current = copy.deepcopy(current) if id(current) in seen else current
-        seen.add(id(current))
+        seen[id(current)] = current
     if isinstance(current, Tensor) and kept.dtype == current.dtype:
         place, kept = current.data_ptr(), kept.view(current.shape) if current.numel() else kept  # which may have grown
         if not current.numel() or place in seen and not torch.equal(current.cpu(), kept):
             return kept.to(current)
-        seen.add(place)
+        seen[place] = current
         current.detach().copy_(kept)  # it may be a parameter
         return current
-    if isinstance(kept, dict) and kept.keys() == {"ndarray", "dtype"}:
-        kept = kept["ndarray"].numpy().view(kept["dtype"]).copy()[()]  # [()]: a number of NumPy's, if it was one
+    if isinstance(kept, dict) and kept.keys() == {"ndarray", "dtype", "shape"}:
+        array = np.frombuffer(kept["ndarray"].encode("latin-1"), kept["dtype"]).reshape(kept["shape"])
+        kept = array.copy()[()]  # [()]: a number of NumPy's, if it was one
     elif isinstance(kept, dict) and kept.keys() == {"deque", "maxlen"}:
         kept = deque(unpack(None, kept["deque"]), kept["maxlen"])
     elif isinstance(kept, dict):
@@ -335,18 +334,16 @@ def unpack(current: Any, kept: Any, seen: set | None = None) -> Any:
         current.bit_generator.state = kept
     elif current is None or kept is None or all(numbers):  # all numbers are alike, of Python or of NumPy
         return kept
-    elif isinstance(current, dict) and isinstance(kept, dict):  # of any kind, such as a Counter
-        current.clear()
-        current.update(kept)
-    elif any(numbers) or kinds[0] != kinds[1]:
+    elif kinds[0] != kinds[1] and not (isinstance(current, dict) and isinstance(kept, dict)):  # a Counter is one, too
         raise TypeError(f"{kinds[1].strip()} in place of {kinds[0].strip()}")
-    elif isinstance(current, (list, deque)):
+    elif isinstance(current, (dict, list, deque)):
         current.clear()
-        current.extend(kept)
+        current.update(kept) if isinstance(current, dict) else current.extend(kept)
     elif isinstance(current, np.ndarray) and current.shape == kept.shape and current.flags.writeable:
-        if current.ctypes.data in seen and not np.array_equal(current, kept):
+        shared = any(isinstance(x, np.ndarray) and np.may_share_memory(x, current) for x in seen.values())
+        if (shared or current.ctypes.data in seen) and not np.array_equal(current, kept):
             return kept
-        seen.add(current.ctypes.data)
+        seen[current.ctypes.data] = current
         current[...] = kept
     else:
         return kept
@@ -594,7 +591,7 @@ def nature_cnn(frame_stack: int, frame_size: int, scale_obs: bool) -> nn.Sequent
 
 class Agent(nn.Module):
     """A policy head and a value head on networks that map pixels of 0 to 255, [B, *obs_shape], to [B, any width]. By
-    default the heads share one; shared_network=False gives the value head its own [core 13]. obs is uint8."""
+    default the heads share one; shared_network=False gives the value head its own [core 13]."""
 
     def __init__(self, obs_shape: tuple, num_actions: int, make_network: Callable, shared_network: bool = True):
         super().__init__()
@@ -610,9 +607,8 @@ class Agent(nn.Module):
     def features(self, network: nn.Module, obs: Tensor) -> Tensor:
         """float32 [B, width]."""
         x = obs.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if next(network.parameters()).dtype == self.dtype:  # always so in the acting copy
-            return network(x).float()
-        with torch.autocast(obs.device.type, self.dtype):
+        mixed = next(network.parameters()).dtype != self.dtype  # never in the acting copy
+        with torch.autocast(obs.device.type, self.dtype) if mixed else nullcontext():
             return network(x).float()
 
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None, uniform: Tensor | None = None) -> Tensors:
@@ -739,8 +735,7 @@ class Collector:
 
     def rollout(self) -> tuple[list, dict]:
         def drawn() -> tuple:
-            _, numbers, *rest = np.random.get_state()
-            return torch.get_rng_state().tolist(), numbers.tolist(), rest, random.getstate()
+            return torch.get_rng_state().tolist(), pack(np.random.get_state()), random.getstate()
 
         threads, before = torch.get_num_threads(), drawn()
         torch.set_num_threads(1)  # a small batch gains nothing from threads, and results must not depend on them
@@ -805,7 +800,7 @@ class Workers:
         for i, (pipe, process) in enumerate(zip(self.pipes, self.processes)):
             try:
                 answer, error = pipe.recv()
-            except (EOFError, OSError):
+            except (EOFError, ConnectionResetError):
                 process.join()
                 error = RunError(f"rollout worker {i} ended with exit code {process.exitcode}")
             if error:
@@ -1045,7 +1040,8 @@ def load_file(path: Path, *keys: str) -> dict[str, Any]:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
         finite = all(tensor.isfinite().all() for tensor in content["weights"].values())
-        if damaged or not finite or not set(keys) <= content.keys():
+        step = content.get("step", 0)
+        if damaged or not finite or not set(keys) <= content.keys() or type(step) is not int or not 0 <= step < 2**53:
             raise ValueError("not finite, or not complete")
     return content
 
@@ -1102,8 +1098,7 @@ class RunDirectory:
             rows = "".join(f"|{name}|{value}|\n" for name, value in args.flags.items())
             first = ("charts/episodic_return", "charts/SPS", "losses/explained_variance", "losses/approx_kl")
             charts = {"PPO": {tag: ["Multiline", [tag]] for tag in first}}
-            given = {name: value for name, value in args.flags.items() if value is not None}
-            tab = torch.utils.tensorboard.summary.hparams(given, {first[0]: 0})  # add_hparams would start a sub-run
+            tab = torch.utils.tensorboard.summary.hparams(args.flags, {first[0]: 0})  # add_hparams: in a sub-run
             self.events(lambda writer: writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"))
             self.events(lambda writer: [*map(writer.file_writer.add_summary, tab), writer.add_custom_scalars(charts)])
             self.picture("observation", *sight, step)
@@ -1353,7 +1348,7 @@ def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
 @torch.inference_mode()
 def full_games(args: Args, agent: Any, num_games: int, stop: Any = None, film: Any = None, mode: Any = None) -> list:
     """Plays full games side by side, through all lives, at random without an agent. Returns (score, length) of those
-    that end before the StopRequest has a signal. The list `film` gets (screen, observation) of the first 5 minutes."""
+    that end before the StopRequest has a signal. The list `film` gets (observation, screen) of the first 5 minutes."""
     generators = [np.random.default_rng([args.seed, 2**31, i]) for i in range(num_games)]
     envs, obs, results = [], [], {}
     while len(envs) < num_games and not (stop and stop.signum):
@@ -1369,7 +1364,7 @@ def full_games(args: Args, agent: Any, num_games: int, stop: Any = None, film: A
         for i, action in zip(playing, actions.tolist()):
             obs[i], _, terminated, truncated, info = envs[i].step(action)
             if film is not None and i == 0 and len(film) < 5 * 60 * 60 / args.frame_skip:
-                film.append((envs[0].unwrapped.ale.getScreenRGB(), obs[0]))
+                film.append((obs[0], envs[0].unwrapped.ale.getScreenRGB()))
             if (terminated or truncated) and "episode" not in info:  # a lost life
                 played = envs[i].get_wrapper_attr("episode_lengths")
                 obs[i], info = envs[i].reset()
@@ -1399,9 +1394,8 @@ def score_agent(args: Args, agent: Agent, step: int, run: RunDirectory | Nothing
     run.events(lambda writer: [writer.add_scalar(*point) for point in points])
     run.write("eval.json", json.dumps(result, indent=1).encode())
     if film:
-        screens, observations = zip(*film)
-        run.film(screens, step, max(1, round(60 / args.frame_skip)))
-        run.picture("eval/observation", observations[len(film) // 2], screens[len(film) // 2], step)
+        run.film([screen for _, screen in film], step, max(1, round(60 / args.frame_skip)))
+        run.picture("eval/observation", *film[len(film) // 2], step)
 
 
 def train(args: Args) -> int:
@@ -1421,22 +1415,23 @@ def train(args: Args) -> int:
     random.seed(args.seed * 1000 + args.rank)
     shuffler = torch.Generator().manual_seed(args.seed * 1000 + args.rank)
     with ExitStack() as stack:
-        stack.callback((stop := StopRequest("stopping as soon as everything has started")).close)
-        stack.callback((workers := Workers(args, actor, storage)).close)
+        stop = stack.enter_context(StopRequest("stopping as soon as everything has started"))
+        workers = stack.enter_context(closing(Workers(args, actor, storage)))
         device = choose_device(args)
         learner = Learner(args, agent, device, choose_dtype(args, device))
         join_processes(args, device, stack)
         state = {  # all that changes during training: a checkpoint holds it. Change it in place, or as state[name]
             "weights": agent, "optimizer": learner.optimizer, "knobs": dict(learner.knobs), "iteration": 0,
             "recent": deque(maxlen=100), "environments": workers, "row": {name: x[-1] for name, x in storage.items()},
-            "generators": [shuffler, torch.default_generator, np.random.Generator(np.random.get_bit_generator())],
+            "generators": [shuffler, torch.default_generator],
             "random": SimpleNamespace(state_dict=random.getstate, load_state_dict=random.setstate),
+            "numpy": SimpleNamespace(state_dict=np.random.get_state, load_state_dict=np.random.set_state),
         }  # fmt: skip
         load(state, saved, args)
         step = state["iteration"] * args.batch_size
         if state["iteration"] >= args.num_iterations:
             return 0
-        stack.callback((run := open_run(args)).close)
+        run = stack.enter_context(closing(open_run(args)))
         run.begin(args, device, agent.dtype, step, sight)
         if learner.on_gpu:
             lock_pages(storage, stack)
@@ -1510,8 +1505,6 @@ def evaluate(args: Args) -> int:
     args = parse_args(args.argv, content["flags"], str(path))
     env, folder, step, run = make_env(args), Path(args.output or path.parent), content.get("step", 0), Nothing()
     with refusing(f"the weights in {path} do not fit {args.env_id} and these flags"):
-        if type(step) is not int or not 0 <= step < 2**53:
-            raise ValueError("no such step")
         agent = make_agent(args, env)
         agent.load_state_dict(content["weights"])
     agent = inference_copy(agent, choose_dtype(args, torch.device("cpu")))

@@ -118,6 +118,16 @@ def test_what_torchrun_would_never_say(name, value, monkeypatch, capsys):
     assert exit.value.code == 2 and f"error: {name} " in error and error.count("\n") == 1, error
 
 
+@pytest.mark.parametrize("flags", [["--evaluate", "runs"], ["--play"]])
+def test_torchrun_is_for_training(flags, monkeypatch, capsys):
+    """Else its processes would race for the run directory, and one that plays nothing might get it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as exit:
+        parse_args(flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "torchrun" in error and flags[0] in error and error.count("\n") == 1, error
+
+
 def test_exit_code_and_line_of_the_real_program():
     command = [sys.executable, ROOT / "ppo_atari.py", "--env-id", "Breakout"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -165,7 +165,7 @@ def test_checkpoint_holds_the_state_of_each_rank(pair):
     (second,) = first["ranks"]
     assert second.keys() == first.keys() - {"flags", "step", "ranks"}
     different = {name for name in second if differences(first[name], second[name])}
-    assert different == {"generators", "random", "environments", "row"}
+    assert different == {"generators", "random", "numpy", "environments", "row"}
     assert all(differences(*both) for both in zip(first["generators"], second["generators"], strict=True))
     assert len(first["environments"]) == len(second["environments"]) == ENVS // 2
 

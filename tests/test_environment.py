@@ -5,6 +5,7 @@ import enum
 import io
 import multiprocessing
 import pickle
+import resource
 from collections import Counter, defaultdict, deque, namedtuple
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from launch import refusal
+from launch import finish, fork, refusal, run_directory
 
 import ppo_atari as p
 from ppo_atari import make_env, parse_args
@@ -558,6 +559,61 @@ def test_a_wrapper_whose_attributes_begin_as_one_object():
     assert [twin.step(action)[1] for action in actions[30:]] == expected
 
 
+@pytest.mark.parametrize("names", [("now", "newest"), ("newest", "now")])
+def test_a_wrapper_whose_attributes_begin_as_parts_of_one_object(names):
+    """At a reset, the newest frame is a part of the stack; a step later, it is the newest of the stack before."""
+
+    class Remembering(gym.Wrapper):
+        saved = names
+
+        def reset(self, **kwargs):
+            self.now, info = self.env.reset(**kwargs)
+            self.newest = self.now[-1]
+            return self.now, info
+
+        def step(self, action):
+            self.newest = self.now[-1]
+            self.now, *rest = self.env.step(action)
+            return self.now, *rest
+
+    env, twin = (Remembering(make_env(args_for("ALE/Breakout-v5"))) for _ in range(2))
+    env.reset(seed=1)
+    for action in [1, 2] * 20:
+        env.step(action)
+    assert not np.array_equal(env.newest, env.now[-1])
+    twin.reset(seed=2)
+    p.set_env_state(twin, through_a_file(p.get_env_state(env)))
+    assert np.array_equal(twin.now, env.now) and np.array_equal(twin.newest, env.newest)
+
+
+def few_files_for_many_arrays():
+    """Sixty open files for a wrapper that keeps two hundred arrays."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+    make = p.make_env
+
+    def remembering(*args):
+        env = Remembering(make(*args))
+        env.flags = [np.full(2, i) for i in range(200)]
+        env.saved = ("flags",)
+        return env
+
+    p.make_env = remembering
+
+
+def test_a_wrapper_that_keeps_many_arrays(tmp_path):
+    """On their way from a worker into the checkpoint and back they cost no open file each, as shared tensors would."""
+    flags = ["--num-envs", 2, "--num-steps", 8, "--frame-size", 36, "--eval-episodes", 0, "--num-workers", 2]
+    for argv in ([*flags, "--total-timesteps", 32], ["--resume", None, "--total-timesteps", 48]):
+        argv = [run_directory(tmp_path) if word is None else word for word in argv]
+        process = fork(*argv, cwd=tmp_path, before=few_files_for_many_arrays)
+        try:
+            assert finish(process, 60) == 0, (tmp_path / "log").read_text()
+        finally:
+            process.kill()
+    kept = torch.load(run_directory(tmp_path) / "checkpoint.pt", weights_only=True)["environments"]
+    assert len(kept) == 2 and kept[0]["wrappers"][0][199]["shape"] == (2,)
+
+
 def test_what_is_changed_in_place_is_restored_in_place():
     """Whoever holds it sees it, an optimizer for one: parameters, at any depth; what is one object stays one."""
     first, second, shared = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
@@ -638,6 +694,7 @@ Number = enum.IntEnum("Number", "ONE")
 REFUSED = [
     Opaque(),
     Point(1, 2),
+    b"",
     {1, 2},
     {"a": [Opaque()]},
     deque([print]),

@@ -311,14 +311,21 @@ def test_an_agent_that_draws_while_acting_is_refused(draw, workers, tmp_path, mo
 
 
 def test_a_learner_that_draws_is_resumed_exactly(tmp_path, monkeypatch, watch):
-    """As from a replay memory: NumPy's and Python's own generators are seeded, and go on where they were."""
-    update = ppo_atari.update
+    """As from a replay memory: NumPy's and Python's own generators are seeded, and go on where they were, also between
+    the two normal numbers that NumPy makes at once: it has given one of them when the run is interrupted."""
+    update, anneal = ppo_atari.update, ppo_atari.anneal
 
     def drawing(agent, optimizer, batch, args, knobs, rows):
         rows = rows[torch.from_numpy(np.random.permutation(len(rows)))][random.randrange(len(rows) // 2) :]
         return update(agent, optimizer, batch, args, knobs, rows)
 
+    def annealing(knobs, args, iteration):
+        anneal(knobs, args, iteration)
+        if iteration > 1:
+            knobs["ent_coef"].fill_(abs(np.random.normal()))
+
     monkeypatch.setattr(ppo_atari, "update", drawing)
+    monkeypatch.setattr(ppo_atari, "anneal", annealing)
     whole = trained(tmp_path / "whole", monkeypatch, *TWO, "--num-workers", "2")
     np.random.seed(0)
     random.seed(0)
