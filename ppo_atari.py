@@ -262,7 +262,7 @@ def derive(args: Args) -> None:
         ("" in (args.resume, args.evaluate, args.output), "--resume, --evaluate and --output need a path: it is empty"),
         (args.output and not args.evaluate, "--output is for --evaluate: training makes a directory in runs/"),
         (args.resume and (args.evaluate or args.play), "--resume trains on; leave out --evaluate and --play"),
-        (args.world_size > 1 and (args.evaluate or args.play), "leave out torchrun with --evaluate and --play"),
+        (args.world_size > 1 and (args.evaluate or args.play), "WORLD_SIZE > 1: no torchrun for --evaluate or --play"),
     ):
         if wrong:
             refuse(message)
