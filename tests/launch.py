@@ -1,5 +1,6 @@
 """How the tests run the script as a user does, in processes of its own, and look at what it leaves behind."""
 
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,29 +32,47 @@ def start(*argv: Any, cwd: Path, program: tuple = (SCRIPT,), **env: str) -> subp
         )  # fmt: skip
 
 
-def _forked(cwd: Path, argv: list[str], before: Callable[[], Any] | None) -> None:
+def load(script: Path, name: str) -> ModuleType:
+    """Another copy of the script as a module of this name."""
+    spec = importlib.util.spec_from_file_location(name, script)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _forked(cwd: Path, argv: list[str], before: Callable[[], Any] | None, script: Path, env: dict[str, str]) -> None:
     os.setsid()
     os.chdir(cwd)
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.environ.update(env)
     torch.set_num_threads(1)
     if before is not None:
         before()
-    sys.exit(ppo_atari.main(argv))
+    sys.exit((ppo_atari if script == SCRIPT else load(script, "forked")).main(argv))
 
 
-def fork(*argv: Any, cwd: Path, before: Callable[[], Any] | None = None) -> multiprocessing.process.BaseProcess:
+def fork(
+    *argv: Any, cwd: Path, before: Callable[[], Any] | None = None, script: Path = SCRIPT, **env: str
+) -> BaseProcess:
     """The same as start, without the seconds that the imports take: from a server that has imported everything. The
     process first calls `before`, a function of a test module: to limit what it gets, say."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ppo_atari", "torch.utils.tensorboard"])
-    process = context.Process(target=_forked, args=(cwd, list(map(str, argv)), before))
+    context.set_forkserver_preload(["ppo_atari", "torch.utils.tensorboard", "torch._dynamo"])  # torch.optim imports it
+    process = context.Process(target=_forked, args=(cwd, list(map(str, argv)), before, script, env))
     with pytest.MonkeyPatch.context() as patch:  # the server does not learn this process' sys.path
         patch.setenv("PYTHONPATH", str(SCRIPT.parent))
         patch.setenv("OMP_NUM_THREADS", "1")
         process.start()
     return process
+
+
+def two_ranks(*argv: Any, cwd: Path, script: Path = SCRIPT) -> list[BaseProcess]:
+    """Two processes that train one agent, forked, and without torchrun between, to see the exit codes of both."""
+    port = "29" + str(os.getpid())[-3:].zfill(3)
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [fork(*argv, cwd=cwd, script=script, RANK=rank, LOCAL_RANK=rank, **env) for rank in "01"]
 
 
 def finish(process: Any, timeout: float = 300) -> int:

@@ -23,6 +23,7 @@ from launch import (
     run_directory,
     same_weights,
     start,
+    two_ranks,
     wait_for,
     weights,
 )
@@ -227,8 +228,8 @@ def test_rank_that_dies_takes_the_run_down(pair, tmp_path):
     assert re.search(r"(?i)rank\W.*1|SIGKILL", (tmp_path / "log").read_text())
     run = run_directory(tmp_path)
     assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
-    program = (*TORCHRUN, SCRIPT)
-    assert finish(start("--resume", run, cwd=tmp_path, program=program)) == 0, (tmp_path / "log").read_text()
+    codes = [finish(process) for process in two_ranks("--resume", run, cwd=tmp_path)]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
     assert_same_run(run, pair)
 
 
@@ -253,39 +254,36 @@ def test_uneven_split_is_refused(flags, monkeypatch, capfd, tmp_path):
 
 def test_signal_to_one_rank_stops_both(pair, tmp_path):
     """SIGINT that reaches rank 1 only: both end after the same iteration, saved, with 130; and the run can go on."""
-    # Without torchrun between, to see the exit codes of the ranks.
-    port = "29" + str(os.getpid())[-3:].zfill(3)
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = [start(*FLAGS, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
+    both = two_ranks(*FLAGS, cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
-    both[1].send_signal(signal.SIGINT)
+    os.kill(both[1].pid, signal.SIGINT)
     assert [finish(process, 60) for process in both] == [130, 130], (tmp_path / "log").read_text()
     assert not living(both[0].pid) and not living(both[1].pid)
     log = (tmp_path / "log").read_text()
     assert log.count("--resume") == 1, log
     run = run_directory(tmp_path)
     assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
-    both = [start("--resume", run, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
-    assert [finish(process) for process in both] == [0, 0], (tmp_path / "log").read_text()
+    codes = [finish(process) for process in two_ranks("--resume", run, cwd=tmp_path)]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
     assert_same_run(run, pair)
 
 
 LEARNER = """
-import pathlib, torch, torch.distributed as dist
+import pathlib, torch.distributed as dist
 from test_learning import learn
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-pathlib.Path(f"share{rank}").write_text(str(learn(+1, n=4, rank=rank)))
+
+def main(argv):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    pathlib.Path(f"share{rank}").write_text(str(learn(+1, n=4, rank=rank)))
+    dist.destroy_process_group()
 """
 
 
 def test_two_ranks_learn_the_image_task(tmp_path):
     """Four games on each of two ranks, gradients and normalization shared: both solve the task of the learning test."""
-    tests = str(Path(__file__).parent)
     (tmp_path / "learner.py").write_text(LEARNER)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "learner.py")
-    path = os.pathsep.join([tests, str(Path(tests).parent)])
-    assert finish(start(cwd=tmp_path, program=torchrun, PYTHONPATH=path)) == 0, (tmp_path / "log").read_text()
+    codes = [finish(process) for process in two_ranks(cwd=tmp_path, script=tmp_path / "learner.py")]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
     shares = [float((tmp_path / f"share{rank}").read_text()) for rank in (0, 1)]
     assert min(shares) > 0.95, shares

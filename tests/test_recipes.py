@@ -4,7 +4,6 @@ With its flag, a patched copy runs with two workers, resumes bit for bit under a
 the network and the stack that it trained with. Without its flag it is bit-identical to the script.
 """
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import SCRIPT, finish, run_directory, same_weights, start, weights
+from launch import SCRIPT, finish, load, run_directory, same_weights, two_ranks, weights
 
 import ppo_atari
 
@@ -42,11 +41,9 @@ def patched(name: str, folder: Path) -> Path:
 def recipe(request, tmp_path_factory):
     """The name of a recipe and the module that the patched copy is."""
     copy = patched(request.param, tmp_path_factory.mktemp(request.param))
-    spec = importlib.util.spec_from_file_location(f"recipe_{request.param}", copy)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(copy, f"recipe_{request.param}")
     yield request.param, module
-    del sys.modules[spec.name]
+    del sys.modules[module.__name__]
 
 
 def train(module, folder: Path, monkeypatch, *flags: str, code: int = 0) -> Path:
@@ -118,16 +115,17 @@ def test_shipped_agents_load(recipe):
 def test_two_processes_learn_with_rnd(tmp_path):
     """Two ranks end with the same weights, interrupted or not: what differs between them is kept for each."""
     copy = patched("rnd", tmp_path)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", copy)
     runs = []
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
         steps = ["--total-timesteps", "192" if name == "whole" else "128"]
         flags = [*FLAGS, *steps, "--rnd", "--no-anneal-lr", "--num-workers", "0", "--eval-episodes", "0"]
-        assert finish(start(*flags, cwd=tmp_path / name, program=torchrun)) == 0, (tmp_path / name / "log").read_text()
+        codes = [finish(process) for process in two_ranks(*flags, cwd=tmp_path / name, script=copy)]
+        assert codes == [0, 0], (tmp_path / name / "log").read_text()
         runs.append(run_directory(tmp_path / name))
     flags = ["--resume", runs[1], "--total-timesteps", "192"]
-    assert finish(start(*flags, cwd=tmp_path, program=torchrun)) == 0, (tmp_path / "log").read_text()
+    codes = [finish(process) for process in two_ranks(*flags, cwd=tmp_path, script=copy)]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
     assert same_weights(weights(runs[0]), weights(runs[1]))
     kept = torch.load(runs[0] / "checkpoint.pt", weights_only=True)
     assert len(kept["ranks"]) == 1 and not torch.equal(kept["return_int"], kept["ranks"][0]["return_int"])

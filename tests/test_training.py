@@ -21,8 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_atari
 
-FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-steps", "16", "--frame-size", "44", "--eval-episodes", "0"]
+FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-steps", "16", "--frame-size", "44", "--eval-episodes", "0",
+         "--update-epochs", "2"]  # fmt: skip
 SHORT = [*FLAGS, "--total-timesteps", "512"]
+TWO = ["--num-envs", "2", "--num-steps", "64"]  # as many iterations; to load a game takes long
 
 
 def trained(folder: Path, monkeypatch, *flags: str) -> Path:
@@ -83,7 +85,7 @@ def test_precision_and_where_it_is_written(precision, capabilities, computes, tm
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     watch(ppo_atari.Learner, "__init__", after=lambda call, _: learners.append(call["agent"].dtype))
     watch(ppo_atari, "inference_copy", after=lambda call, actor: actors.append(actor.dtype))
-    flags = ["--num-workers", "0", "--precision", precision, "--total-timesteps", "128"]
+    flags = [*TWO, "--num-workers", "0", "--precision", precision, "--total-timesteps", "128"]
     about = json.loads((trained(tmp_path / "run", monkeypatch, *flags) / "args.json").read_text())
     assert {*learners, *actors} == {computes} and learners and actors
     expected = {"device": "cpu", "precision": str(computes)[6:], "threads": 1}
@@ -140,7 +142,7 @@ def test_returns_in_tensorboard_are_full_games(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo_atari, "MaxAndSkipEnv", CountingSkip)
     monkeypatch.setattr(ppo_atari, "FrameStack", CountingStack)
-    flags = ["--num-workers", "0", "--num-steps", "64", "--total-timesteps", "4096"]
+    flags = ["--num-workers", "0", "--num-steps", "64", "--total-timesteps", "4096", "--update-epochs", "1"]
     found = curves(trained(tmp_path / "run", monkeypatch, *flags))
     assert found["charts/episodic_return"] == sorted(scores.items())
     assert [step for step, _ in found["charts/episodic_length"]] == sorted(scores)
@@ -181,8 +183,9 @@ def test_first_step_is_adam_on_the_clipped_gradient(limit, tmp_path, monkeypatch
         seen[-1] += [flat(given["agent"].parameters()), float(stats["grad_norm"])]
 
     watch(ppo_atari, "update", before, after)
-    flags = ["--num-workers", "0", "--precision", "float32", "--max-grad-norm", str(limit), "--total-timesteps", "128"]
-    trained(tmp_path / "run", monkeypatch, *flags, "--update-epochs", "1", "--num-minibatches", "1")
+    flags = [*TWO, "--num-workers", "0", "--precision", "float32", "--max-grad-norm", str(limit)]
+    flags += ["--total-timesteps", "128", "--update-epochs", "1", "--num-minibatches", "1"]
+    trained(tmp_path / "run", monkeypatch, *flags)
     ((gradient, before, after, grad_norm),) = seen
     norm = gradient.square().sum().sqrt()
     assert norm > 0.02 and grad_norm == pytest.approx(norm.item(), rel=1e-4)
@@ -224,9 +227,6 @@ class Witness(torch.nn.Module):
         return x
 
 
-TWO = ["--num-envs", "2", "--num-steps", "64"]  # the same number of iterations in fewer games
-
-
 @pytest.mark.parametrize(
     ("layers", "shared"),
     [(list, False), (lambda: [torch.nn.BatchNorm2d(8)], True), (lambda: [torch.nn.Dropout(0.5)], False)],
@@ -256,9 +256,9 @@ def test_a_users_network_is_trained_resumed_and_evaluated(layers, shared, tmp_pa
     ]
     whole = trained(tmp_path / "whole", monkeypatch, *flags)
     assert set(MODES) == {(True, True), (False, False)}
-    assert MODES.count((True, True)) == 4 * 16 * (1 if shared else 2)
+    assert MODES.count((True, True)) == 4 * 8 * (1 if shared else 2)
     assert weights(whole)["actor.weight"].shape == (4, 256)
-    assert weights(whole).get("network.3.num_batches_tracked", 4 * 16) == 4 * 16
+    assert weights(whole).get("network.3.num_batches_tracked", 4 * 8) == 4 * 8
     assert_same_run(interrupted(tmp_path / "pieces", monkeypatch, watch, *flags), whole)
     scores = json.loads((whole / "eval.json").read_text())
     (whole / "eval.json").unlink()
@@ -305,7 +305,7 @@ def test_an_agent_that_draws_while_acting_is_refused(draw, workers, tmp_path, mo
         return evaluate(self, obs + int(draw()), *args, **kwargs)
 
     monkeypatch.setattr(ppo_atari.Agent, "get_action_and_value", noisy)
-    code, _, error = here(capfd, *SHORT, "--num-workers", workers)
+    code, _, error = here(capfd, *SHORT, *TWO, "--num-workers", workers)
     assert code == 1 and error.count("\n") == 1 and "`uniform`" in error
     assert not multiprocessing.active_children()
 
@@ -345,8 +345,8 @@ def test_observations_that_are_not_bytes(tmp_path, monkeypatch, watch):
 
     monkeypatch.setattr(ppo_atari, "make_env", scaled)
     watch(ppo_atari, "ppo_loss", before=lambda given: seen.append(given["old"]["obs"]))
-    trained(tmp_path / "run", monkeypatch, "--no-scale-obs", "--num-workers", "2")
-    assert all(obs.dtype == torch.float32 and 0.3 < obs.max() <= 1 for obs in seen) and len(seen) == 4 * 16
+    trained(tmp_path / "run", monkeypatch, *TWO, "--no-scale-obs", "--num-workers", "2")
+    assert all(obs.dtype == torch.float32 and 0.3 < obs.max() <= 1 for obs in seen) and len(seen) == 4 * 8
     assert torch.equal(seen[0], (seen[0] * 255).round() / 255) and len(seen[0].unique()) > 5
 
 
@@ -401,13 +401,13 @@ def test_what_the_last_step_left_is_there_at_the_first(tmp_path, monkeypatch, wa
 
 def test_an_agent_that_acts_otherwise_than_it_learns(tmp_path, monkeypatch, capfd):
     """The ratio of the first minibatch is 1 where the actors have the learner's policy: one line if it is not."""
-    trained(tmp_path / "good", monkeypatch, "--num-workers", "2")
+    trained(tmp_path / "good", monkeypatch, *TWO, "--num-workers", "2")
     assert "acts otherwise" not in capfd.readouterr().err
     features = ppo_atari.Agent.features
     monkeypatch.setattr(
         ppo_atari.Agent, "features", lambda self, *args: features(self, *args) * (1 + 99 * self.training)
     )
-    trained(tmp_path / "bad", monkeypatch, "--num-workers", "2")
+    trained(tmp_path / "bad", monkeypatch, *TWO, "--num-workers", "2")
     assert capfd.readouterr().err.count("the agent acts otherwise than it learns") == 1
 
 
@@ -423,7 +423,7 @@ def test_an_agent_survives_state_that_cannot_be_kept(tmp_path, monkeypatch, capf
         return gather(games)
 
     monkeypatch.setattr(ppo_atari, "gather", late)
-    code, _, error = here(capfd, *SHORT, "--num-workers", 0)
+    code, _, error = here(capfd, *SHORT, *TWO, "--num-workers", 0)
     assert code in (1, 2) and "cannot hold a set" in error, error
     assert torch.load(run_directory(tmp_path) / "agent.pt", weights_only=True)["step"] == 512
 
@@ -538,7 +538,7 @@ def test_a_worker_that_raises_ends_the_run_with_its_message(tmp_path, monkeypatc
         return rollout(*args, **kwargs)
 
     monkeypatch.setattr(ppo_atari, "rollout", failing)
-    assert ppo_atari.main([*SHORT, "--num-workers", "2"]) == 1
+    assert ppo_atari.main([*SHORT, *TWO, "--num-workers", "2"]) == 1
     assert "the joystick is broken" in capfd.readouterr().err
     assert not multiprocessing.active_children()
 
