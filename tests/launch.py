@@ -84,6 +84,12 @@ def finish(process: Any, timeout: float = 300) -> int:
     return process.exitcode
 
 
+def finish_two_ranks(*argv: Any, cwd: Path, script: Path = SCRIPT) -> None:
+    """Lets two_ranks run to their end, which both have to reach."""
+    codes = [finish(process) for process in two_ranks(*argv, cwd=cwd, script=script)]
+    assert codes == [0, 0], (cwd / "log").read_text()
+
+
 def wait_for(condition: Any, timeout: float = 120, pause: float = 0.01) -> None:
     """Waits until the condition holds; fails if it never does."""
     deadline = time.monotonic() + timeout

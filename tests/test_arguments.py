@@ -1,6 +1,5 @@
 """Section 1: flags, their checks, and the pins and marks that the file promises."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import pytest
+from launch import load
 
 import ppo_atari
 from ppo_atari import parse_args
@@ -221,10 +221,7 @@ def with_flag(flag, tmp_path):
     last = max(i for i, line in enumerate(lines) if line.startswith("    flag("))
     copy = tmp_path / "mine.py"
     copy.write_text("\n".join([*lines[: last + 1], f"    {flag}", *lines[last + 1 :]]))
-    spec = importlib.util.spec_from_file_location("mine", copy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(copy, "mine")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from launch import (
     curves,
     differences,
     finish,
+    finish_two_ranks,
     living,
     refusal,
     run_directory,
@@ -263,8 +264,7 @@ def test_signal_to_one_rank_stops_both(pair, tmp_path):
     assert log.count("--resume") == 1, log
     run = run_directory(tmp_path)
     assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] < ITERATIONS
-    codes = [finish(process) for process in two_ranks("--resume", run, cwd=tmp_path)]
-    assert codes == [0, 0], (tmp_path / "log").read_text()
+    finish_two_ranks("--resume", run, cwd=tmp_path)
     assert_same_run(run, pair)
 
 
@@ -283,7 +283,6 @@ def main(argv):
 def test_two_ranks_learn_the_image_task(tmp_path):
     """Four games on each of two ranks, gradients and normalization shared: both solve the task of the learning test."""
     (tmp_path / "learner.py").write_text(LEARNER)
-    codes = [finish(process) for process in two_ranks(cwd=tmp_path, script=tmp_path / "learner.py")]
-    assert codes == [0, 0], (tmp_path / "log").read_text()
+    finish_two_ranks(cwd=tmp_path, script=tmp_path / "learner.py")
     shares = [float((tmp_path / f"share{rank}").read_text()) for rank in (0, 1)]
     assert min(shares) > 0.95, shares

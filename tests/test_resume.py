@@ -1,6 +1,5 @@
 """Nothing is lost: exact resume, clean interruption, safe files."""
 
-import importlib.util
 import os
 import pickle
 import random
@@ -23,6 +22,7 @@ from launch import (
     fork,
     here,
     living,
+    load,
     refusal,
     run_directory,
     same_weights,
@@ -383,10 +383,7 @@ def with_state(folder, mine):
     assert source.count(place) == 1
     copy = folder / "mine.py"
     copy.write_text(source.replace(place, place + f' "mine": {mine},'))
-    spec = importlib.util.spec_from_file_location("mine", copy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(copy, "mine")
 
 
 def test_a_parameter_of_ones_own_in_the_state(tmp_path, monkeypatch, capfd):
