@@ -1,4 +1,4 @@
-"""The shipped agents: what the README claims of them can be had from this clone."""
+"""The shipped agents and the raw lines of the ablation: what the README claims of them can be had from this clone."""
 
 import hashlib
 import json
@@ -15,7 +15,8 @@ from launch import SCRIPT, load
 
 import ppo_atari
 
-RUNS = sorted(path.parent for path in (SCRIPT.parent / "runs" / "reference").glob("*/agent.pt"))
+REFERENCE = SCRIPT.parent / "runs" / "reference"
+RUNS = sorted(path.parent for path in REFERENCE.glob("*/agent.pt"))
 
 
 def test_there_is_one():
@@ -68,13 +69,12 @@ def script_of_the_ablation(commit: str, folder: Path, name: str = "ppo_atari.py"
     script = folder / Path(name).name
     script.write_bytes(shown.stdout)
     if commit.endswith("-dirty"):
-        patch = SCRIPT.parent / "runs" / "reference" / "ablation.patch"
-        subprocess.run(["git", "apply", patch], cwd=folder, check=True)
+        subprocess.run(["git", "apply", REFERENCE / "ablation.patch"], cwd=folder, check=True)
     return script
 
 
 def test_the_raw_lines_name_the_script_that_made_them(tmp_path):
-    lines = map(json.loads, (SCRIPT.parent / "runs" / "reference" / "ablation.jsonl").read_text().splitlines())
+    lines = map(json.loads, (REFERENCE / "ablation.jsonl").read_text().splitlines())
     made = {(line["commit"], line["script"], *re.findall(r"--script (\S+)", line["flags"])) for line in lines}
     assert made
     for commit, digest, *name in made:
