@@ -660,10 +660,14 @@ def allocate(args: Args, env: gym.Env, actor: nn.Module | None = None) -> Tensor
     size, fields = (args.num_steps + 1, args.local_envs), rollout_fields(args, env)
     need = sum(math.prod((*size, *shape)) * dtype.itemsize for dtype, shape in fields.values())
     need += sum(tensor.nbytes for tensor in actor.state_dict().values()) if actor else 0  # shared as well
-    free = shutil.disk_usage("/dev/shm").free if args.workers and os.path.exists("/dev/shm") else math.inf
+    kind, free, mend = "memory", math.inf, "lower --num-envs or --num-steps"
+    if args.workers and os.path.exists("/dev/shm"):
+        kind, free = "shared memory", shutil.disk_usage("/dev/shm").free
+        mend = f"enlarge /dev/shm (docker run --shm-size), give --num-workers 0, or {mend}"
+    elif hasattr(os, "sysconf"):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need + 2**20 > free:  # the system would kill the process without a word
-        mend = "enlarge /dev/shm (docker run --shm-size), give --num-workers 0, or lower --num-envs or --num-steps"
-        raise RunError(f"a rollout needs {need >> 20:,} MB of shared memory, and {free >> 20:,} MB are free: {mend}")
+        raise RunError(f"a rollout needs {need >> 20:,} MB of {kind}, and there are {free >> 20:,} MB: {mend}")
     storage = {name: torch.zeros((*size, *shape), dtype=dtype) for name, (dtype, shape) in fields.items()}
     return {name: tensor.share_memory_() if args.workers else tensor for name, tensor in storage.items()}
 
@@ -720,6 +724,11 @@ def rollout(agent: Agent, envs: gym.vector.VectorEnv, storage: Tensors, generato
     return games, seconds
 
 
+def drawn() -> tuple:
+    """Torch's, NumPy's and Python's own generators of the CPU, to see whether something has drawn from one."""
+    return torch.get_rng_state().tolist(), pack(np.random.get_state()), random.getstate()
+
+
 class Collector:
     """Environments low to high - 1 of a process and what acts in them; lives in a worker or in the learner itself."""
 
@@ -734,9 +743,6 @@ class Collector:
         self.storage["done"][-1] = 1
 
     def rollout(self) -> tuple[list, dict]:
-        def drawn() -> tuple:
-            return torch.get_rng_state().tolist(), pack(np.random.get_state()), random.getstate()
-
         threads, before = torch.get_num_threads(), drawn()
         torch.set_num_threads(1)  # a small batch gains nothing from threads, and results must not depend on them
         games, seconds = rollout(self.agent, self.envs, self.storage, self.generators, self.args)
@@ -922,8 +928,10 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Tensors, args:
 
 def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
     """The update `step` as a CUDA graph: one launch in place of hundreds. Plain numbers (args.clip_coef, say) and every
-    `if` are frozen here: what changes must be a knob. If there can be no graph, says why and returns `step`."""
+    `if` are frozen here: what changes must be a knob. RunError if the CPU draws in it: that would be frozen, too. If
+    there can be no graph, says why and returns `step`."""
     before = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"], torch.cuda.get_rng_state()))
+    cpu_before = drawn()
 
     def replay(new_rows: Tensor) -> Tensors:
         mine.copy_(new_rows)
@@ -948,6 +956,8 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
         replay = step
         for group in optimizer.param_groups:
             group["capturable"] = False
+    if drawn() != cpu_before:
+        raise RunError("the CPU draws random numbers in update(): draw on the GPU, or give --no-cuda-graph")
     agent.load_state_dict(before[0])  # in place, as all this: the graph knows these tensors by their addresses
     for index, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
         for name, tensor in optimizer.state.get(parameter, {}).items():
@@ -1189,7 +1199,8 @@ def choose_device(args: Args) -> torch.device:
     if not (args.cuda and torch.cuda.is_available()):
         return torch.device("cpu")
     device = torch.device("cuda", args.local_rank % torch.cuda.device_count())  # some see their own GPU only
-    torch.cuda.set_device(device)
+    with refusing("the GPU cannot be used (--no-cuda does without)", RuntimeError):
+        torch.cuda.set_device(device)
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
         backend.fp32_precision = "ieee"  # TF32, cuDNN's default, would keep 10 of float32's 23 bits
     if args.torch_deterministic:
@@ -1232,8 +1243,9 @@ def join_processes(args: Args, device: torch.device, stack: ExitStack) -> None:
         with refusing("several processes are started by torchrun", ValueError):
             dist.init_process_group(backend, timeout=timedelta(days=1))  # evaluations may be long
         stack.callback(dist.destroy_process_group)
-        if len(set(gather(device.type))) > 1:
-            refuse("some of the processes have a GPU and some have none: give --no-cuda")
+        gpus = gather(str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
+        if any(gpus) and (None in gpus or len(set(gpus)) < len(gpus)):
+            refuse("each process needs a GPU of its own: start fewer, or give --no-cuda")
 
 
 class StopRequest(ExitStack):

@@ -258,8 +258,11 @@ def growth(p: Any, script: str, device: str, iterations: int) -> None:
             row[name] = whole_loop(THIS_SCRIPT, train_flags(script, iterations, device, num_envs, flag))["whole loop"]
         row |= alone(p, device, num_envs, False)
     for num_envs in (8, 16, 64, 128):
+        rows[f"{num_envs} environments"] |= alone(p, device, num_envs, True)
+    for num_envs in (8, 16, 64, 128):  # last: a process forked after a graph was made would destroy it, too, and fail
         row = rows[f"{num_envs} environments"]
-        row |= alone(p, device, num_envs, True)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         row |= network_alone(p, device, "auto", num_envs)
         row["device memory, MB"] = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
     columns = ["whole loop, graph", "whole loop, no graph", "update alone", "rollout alone"]

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+GPUS, GPU_IS_AVAILABLE = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available
 sys.path.insert(0, str(ROOT))
 
 
@@ -18,8 +20,19 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not GPU_IS_AVAILABLE():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Only the tests marked gpu see one, here and in the processes they start: the others look into each update, which
+    a CUDA graph hides. Before any fixture."""
+    gpu = item.get_closest_marker("gpu")
+    torch.cuda.is_available = GPU_IS_AVAILABLE if gpu else lambda: False
+    os.environ["CUDA_VISIBLE_DEVICES"] = (GPUS or "") if gpu else ""
+    if gpu and GPUS is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 @pytest.fixture(autouse=True, scope="session")

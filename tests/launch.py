@@ -48,6 +48,7 @@ def _forked(cwd: Path, argv: list[str], before: Callable[[], Any] | None, script
     os.dup2(log, 2)
     os.environ.update(env)
     torch.set_num_threads(1)
+    torch.cuda.is_available = lambda: False  # as in the tests themselves: see conftest.py
     if before is not None:
         before()
     sys.exit((ppo_atari if script == SCRIPT else load(script, "forked")).main(argv))

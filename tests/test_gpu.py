@@ -1,9 +1,9 @@
 """The GPU path. Where fakes of the CUDA calls can show it, on any machine; the rest needs a GPU: pytest -m gpu."""
 
 import os
+import random
 import warnings
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,9 +116,12 @@ def a_learner(*flags, device=CPU, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     storage["obs"].random_(0, 256, generator=generator)
     storage["action"].random_(0, env.action_space.n, generator=generator)
-    storage["log_prob"].fill_(-1.4)
-    for name in ("value", "reward"):
-        storage[name].normal_(generator=generator)
+    storage["reward"].normal_(generator=generator)
+    flat = {name: tensor.flatten(0, 1).to(device) for name, tensor in storage.items()}
+    with torch.no_grad():
+        outputs = learner.agent.get_action_and_value(flat["obs"], flat["action"])
+    for name in ("log_prob", "value"):  # as fill() does on a GPU
+        storage[name].copy_(outputs[name].view(storage[name].shape))
     advantages, returns = torch.randn(2, 8, 2, generator=generator)
     learner.fill(storage, advantage=advantages, return_=returns)
     return learner
@@ -153,6 +156,52 @@ def test_a_graph_that_fails_is_done_without(where, monkeypatch, capfd):
     assert same_weights(graphed.agent.state_dict(), eager.agent.state_dict())
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "without a CUDA graph" in error and "not permitted" in error
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(()), np.random.rand, random.random], ids=["torch", "NumPy", "Python"]
+)
+def test_an_update_that_the_cpu_draws_in_is_no_graph(draw, monkeypatch):
+    """A graph would do for ever what the first numbers said. Without one, it may draw."""
+    update = p.update
+
+    def drawing(agent, optimizer, batch, args, knobs, rows):
+        return update(agent, optimizer, batch, args, knobs, rows[: 2 + (draw() < 0.5)])
+
+    monkeypatch.setattr(p, "update", drawing)
+    eager, graphed = a_learner(), a_learner()
+    graphed.graphed = True
+    assert eager.update(torch.arange(4))
+    with pretended_graph(monkeypatch, lambda graph: ExitStack()), pytest.raises(p.RunError, match="--no-cuda-graph"):
+        graphed.update(torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fits"),
+    [([None, None], True), (["a", "b"], True), (["a", "a"], False), (["a", None], False), ([None, "b", "c"], False)],
+)
+def test_a_gpu_for_each_process_or_for_none(gpus, fits, two_gpus, monkeypatch):
+    """NCCL cannot connect two processes on one GPU, nor a GPU with a CPU: refused before the first message."""
+    monkeypatch.setattr(p, "gather", lambda mine: [mine, *gpus[1:]])
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=gpus[0]))
+    args = p.parse_args([])
+    args.world_size = len(gpus)
+    with (
+        ExitStack() as stack,
+        ExitStack() if fits else pytest.raises(p.UsageError, match="a GPU of its own.*--no-cuda"),
+    ):
+        p.join_processes(args, torch.device("cuda" if gpus[0] else "cpu"), stack)
+
+
+def test_a_gpu_that_another_process_keeps_for_itself(two_gpus, monkeypatch):
+    def busy(device):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nand much more")
+
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(p.UsageError, match="--no-cuda.*busy or unavailable"):
+        p.choose_device(p.parse_args([]))
 
 
 @pytest.mark.parametrize("graphed", [True, False])
@@ -217,27 +266,36 @@ def test_graph_against_eager_and_the_cpu():
     )  # fmt: skip
     torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(graph, cpu, rtol=1e-2, atol=1e-3)
+    assert graph[0][0][0].abs() < 1e-6  # the ratio starts at 1: no KL divergence in the first update
     low = updated(a_learner("--cuda-graph", device=device, dtype=torch.bfloat16))
     torch.testing.assert_close(low[0], graph[0], rtol=0.1, atol=0.05)
 
 
+def with_dropout(args, env):
+    def make_network():
+        return torch.nn.Sequential(p.nature_cnn(4, args.frame_size, True), torch.nn.Dropout(0.5))
+
+    return p.Agent(env.observation_space.shape, int(env.action_space.n), make_network)
+
+
 @pytest.mark.gpu
-def test_graph_after_a_resume_and_checkpoints_on_both_devices(tmp_path, monkeypatch, capfd):
-    """A run that changes its device goes on; with the same device it ends bit-identical, graph included."""
-    monkeypatch.chdir(tmp_path)
-    ends = {}
-    for name, devices in {"whole": [""], "cut": ["", ""], "moved": ["--no-cuda", "--cuda", "--no-cuda"]}.items():
+@pytest.mark.parametrize("make_agent", [p.make_agent, with_dropout])
+def test_graph_after_a_resume_and_checkpoints_on_both_devices(make_agent, tmp_path, monkeypatch, capfd):
+    """A run that changes its device goes on; with the same device it ends bit-identical, graph and Dropout included."""
+    monkeypatch.setattr(p, "make_agent", make_agent)
+    ends, ways = {}, {"whole": [()], "cut": [(), ("--num-workers", 1)], "other": [("--seed", 2)]}
+    for name, pieces in (ways | {"moved": [("--no-cuda",), ("--cuda",), ("--no-cuda",)]}).items():
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         run = None
-        for i, device in enumerate(devices):
-            steps = 96 if i == len(devices) - 1 else 32 * (i + 1)
+        for i, flags in enumerate(pieces):
+            steps = 96 if i == len(pieces) - 1 else 32 * (i + 1)
             first = [*TINY, steps, "--no-anneal-lr"] if i == 0 else ["--resume", run, "--total-timesteps", steps]
-            code, _, error = here(capfd, *first, *filter(None, [device]))
+            code, _, error = here(capfd, *first, *flags)
             assert code == 0 and not error, error
             run = run_directory(tmp_path / name)
         ends[name] = weights(run)
-    assert same_weights(ends["whole"], ends["cut"])
+    assert same_weights(ends["whole"], ends["cut"]) and not same_weights(ends["whole"], ends["other"])
     assert all(tensor.isfinite().all() for tensor in ends["moved"].values())
 
 
@@ -259,9 +317,12 @@ def test_a_whole_run_learns_as_the_cpu_does(tmp_path):
 
 @pytest.mark.gpu
 def test_ranks_on_the_gpus_there_are(tmp_path):
-    """Two ranks, if need be on one GPU (gloo and NCCL need one each: skipped with fewer)."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("NCCL needs a GPU for each rank")
+    """Two ranks; on one GPU, which NCCL cannot, they are refused before anything is written."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT)
-    assert finish(start(*TINY, 64, cwd=tmp_path, program=torchrun)) == 0, (Path(tmp_path) / "log").read_text()
-    assert len(torch.load(run_directory(tmp_path) / "checkpoint.pt", weights_only=True)["ranks"]) == 2
+    code, log = finish(start(*TINY, 64, cwd=tmp_path, program=torchrun)), (tmp_path / "log").read_text()
+    if torch.cuda.device_count() < 2:
+        assert code and "ppo_atari.py: error: each process needs a GPU of its own" in log, log
+        assert not (tmp_path / "runs").exists()
+    else:
+        assert code == 0, log
+        assert len(torch.load(run_directory(tmp_path) / "checkpoint.pt", weights_only=True)["ranks"]) == 2

@@ -552,6 +552,12 @@ def limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
 
 
+def small_machine() -> None:
+    """One that would promise more memory than it has, as some are set to, and then kill who uses it."""
+    sysconf = os.sysconf
+    os.sysconf = lambda name: 2**26 // sysconf("SC_PAGE_SIZE") if name == "SC_PHYS_PAGES" else sysconf(name)
+
+
 LARGE = ["--num-envs", "5000", "--num-steps", "1280"]
 SHORTAGES = {  # what is short, the flags, and one of what the line must name
     "shared memory of 8 MB": (partial(small_shared_memory, "8m"), ["--num-workers", 2], "--shm-size|--num-workers"),
@@ -569,6 +575,9 @@ SHORTAGES = {  # what is short, the flags, and one of what the line must name
     ),
     "memory for the batch": (
         partial(limit_memory, 400), ["--num-steps", 64, "--frame-stack", 64, "--num-workers", 0], "--num-envs"
+    ),
+    "memory of 64 MB that promises more": (
+        small_machine, ["--num-envs", 64, "--num-steps", 64, "--num-workers", 0], "MB of memory, .* 64 MB: .*--num-envs"
     ),
     "memory of any machine": (None, [*LARGE, "--num-workers", 0], "--num-envs"),
     "shared memory of any machine": (None, [*LARGE, "--num-workers", 2], "--num-envs"),

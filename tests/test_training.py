@@ -23,7 +23,7 @@ import ppo_atari
 
 FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-steps", "16", "--frame-size", "44", "--eval-episodes", "0",
          "--update-epochs", "2"]  # fmt: skip
-SHORT = [*FLAGS, "--total-timesteps", "512"]
+SHORT = [*FLAGS, "--total-timesteps", "512", "--inference-batch", "2"]  # not this machine's, by its cores
 TWO = ["--num-envs", "2", "--num-steps", "64"]  # as many iterations; to load a game takes long
 
 
