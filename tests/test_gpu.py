@@ -283,7 +283,10 @@ def with_dropout(args, env):
 def test_graph_after_a_resume_and_checkpoints_on_both_devices(make_agent, tmp_path, monkeypatch, capfd):
     """A run that changes its device goes on; with the same device it ends bit-identical, graph and Dropout included."""
     monkeypatch.setattr(p, "make_agent", make_agent)
-    ends, ways = {}, {"whole": [()], "cut": [(), ("--num-workers", 1)], "other": [("--seed", 2)]}
+    ends, ways = (
+        {},
+        {"whole": [()], "cut": [(), ("--num-workers", 1, "--start-method", "spawn")], "other": [("--seed", 2)]},
+    )
     for name, pieces in (ways | {"moved": [("--no-cuda",), ("--cuda",), ("--no-cuda",)]}).items():
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
