@@ -660,14 +660,14 @@ def allocate(args: Args, env: gym.Env, actor: nn.Module | None = None) -> Tensor
     size, fields = (args.num_steps + 1, args.local_envs), rollout_fields(args, env)
     need = sum(math.prod((*size, *shape)) * dtype.itemsize for dtype, shape in fields.values())
     need += sum(tensor.nbytes for tensor in actor.state_dict().values()) if actor else 0  # shared as well
-    kind, free, mend = "memory", math.inf, "lower --num-envs or --num-steps"
-    if args.workers and os.path.exists("/dev/shm"):
-        kind, free = "shared memory", shutil.disk_usage("/dev/shm").free
-        mend = f"enlarge /dev/shm (docker run --shm-size), give --num-workers 0, or {mend}"
-    elif hasattr(os, "sysconf"):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need + 2**20 > free:  # the system would kill the process without a word
-        raise RunError(f"a rollout needs {need >> 20:,} MB of {kind}, and there are {free >> 20:,} MB: {mend}")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    shared = shutil.disk_usage("/dev/shm").free if args.workers and os.path.exists("/dev/shm") else math.inf
+    kind, room, mend = "memory", physical, ""
+    if shared < physical:
+        kind, room, mend = "shared memory", shared, "enlarge /dev/shm (docker run --shm-size), --num-workers 0, or "
+    if need + 2**20 > room:  # the system would kill the process without a word
+        mend += "lower --num-envs or --num-steps"
+        raise RunError(f"a rollout needs {need >> 20:,} MB of {kind}, and there are {room >> 20:,} MB: {mend}")
     storage = {name: torch.zeros((*size, *shape), dtype=dtype) for name, (dtype, shape) in fields.items()}
     return {name: tensor.share_memory_() if args.workers else tensor for name, tensor in storage.items()}
 
@@ -930,8 +930,7 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
     """The update `step` as a CUDA graph: one launch in place of hundreds. Plain numbers (args.clip_coef, say) and every
     `if` are frozen here: what changes must be a knob. RunError if the CPU draws in it: that would be frozen, too. If
     there can be no graph, says why and returns `step`."""
-    before = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"], torch.cuda.get_rng_state()))
-    cpu_before = drawn()
+    before = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"], torch.cuda.get_rng_state(), drawn()))
 
     def replay(new_rows: Tensor) -> Tensors:
         mine.copy_(new_rows)
@@ -944,6 +943,8 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
         with torch.cuda.stream(stream), warnings.catch_warnings(action="ignore"):  # of steps outside of a graph
             for _ in range(3):  # the first calls choose kernels and allocate, which no graph may
                 names = list(step(rows))
+        if drawn() != before[3]:
+            raise RunError("the CPU draws random numbers in update(): draw on the GPU, or give --no-cuda-graph")
         torch.cuda.current_stream().wait_stream(stream)
         optimizer.zero_grad()
         graph, mine = torch.cuda.CUDAGraph(), rows.clone()
@@ -956,8 +957,6 @@ def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.
         replay = step
         for group in optimizer.param_groups:
             group["capturable"] = False
-    if drawn() != cpu_before:
-        raise RunError("the CPU draws random numbers in update(): draw on the GPU, or give --no-cuda-graph")
     agent.load_state_dict(before[0])  # in place, as all this: the graph knows these tensors by their addresses
     for index, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
         for name, tensor in optimizer.state.get(parameter, {}).items():

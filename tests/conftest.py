@@ -1,6 +1,7 @@
 """Shared by all tests: the script on the import path, one thread, the marker gpu, and a way to look into the script."""
 
 import functools
+import gc
 import inspect
 import os
 import sys
@@ -33,6 +34,14 @@ def pytest_runtest_setup(item):
     os.environ["CUDA_VISIBLE_DEVICES"] = (GPUS or "") if gpu else ""
     if gpu and GPUS is None:
         del os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """A learner and its optimizer know each other, so that its graph outlives it: until a collection, which must not be
+    that of a worker forked by another test."""
+    if item.get_closest_marker("gpu"):
+        gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -271,6 +271,17 @@ def test_graph_against_eager_and_the_cpu():
     torch.testing.assert_close(low[0], graph[0], rtol=0.1, atol=0.05)
 
 
+@pytest.mark.gpu
+def test_float32_is_float32_on_a_gpu():
+    """A convolution against float64 on the CPU: TF32 would be off by some 3e-4."""
+    device = p.choose_device(p.parse_args([]))
+    generator = torch.Generator().manual_seed(1)
+    images, weight = (torch.randn(shape, generator=generator) for shape in ((8, 64, 21, 21), (64, 64, 3, 3)))
+    expected = torch.nn.functional.conv2d(images.double(), weight.double())
+    got = torch.nn.functional.conv2d(images.to(device), weight.to(device)).cpu().double()
+    assert (got - expected).norm() < 5e-5 * expected.norm()
+
+
 def with_dropout(args, env):
     def make_network():
         return torch.nn.Sequential(p.nature_cnn(4, args.frame_size, True), torch.nn.Dropout(0.5))

@@ -59,6 +59,14 @@ def test_same_seed_same_weights(flags, reference, tmp_path, monkeypatch):
     assert same_weights(weights(trained(tmp_path / "run", monkeypatch, *flags)), weights(reference))
 
 
+def test_same_seed_same_weights_one_game_per_call(tmp_path, monkeypatch):
+    """As by default on as many cores as games: a kernel of its own, never rounded up to batches of four."""
+    alone, workers = (
+        trained(tmp_path / n, monkeypatch, "--inference-batch", "1", "--num-workers", n) for n in ("0", "3")
+    )
+    assert same_weights(weights(alone), weights(workers))
+
+
 def test_no_git(reference, tmp_path, monkeypatch):
     """Training needs no git: slim container images have none."""
     monkeypatch.setenv("PATH", "")
