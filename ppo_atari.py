@@ -664,7 +664,7 @@ def allocate(args: Args, env: gym.Env, actor: nn.Module | None = None) -> Tensor
     shared = shutil.disk_usage("/dev/shm").free if args.workers and os.path.exists("/dev/shm") else math.inf
     kind, room, mend = "memory", physical, ""
     if shared < physical:
-        kind, room, mend = "shared memory", shared, "enlarge /dev/shm (docker run --shm-size), --num-workers 0, or "
+        kind, room, mend = "shared memory", shared, "enlarge /dev/shm (docker --shm-size), give --num-workers 0, or "
     if need + 2**20 > room:  # the system would kill the process without a word
         mend += "lower --num-envs or --num-steps"
         raise RunError(f"a rollout needs {need >> 20:,} MB of {kind}, and there are {room >> 20:,} MB: {mend}")
