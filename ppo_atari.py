@@ -662,11 +662,11 @@ def allocate(args: Args, env: gym.Env, actor: nn.Module | None = None) -> Tensor
     need += sum(tensor.nbytes for tensor in actor.state_dict().values()) if actor else 0  # shared as well
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     shared = shutil.disk_usage("/dev/shm").free if args.workers and os.path.exists("/dev/shm") else math.inf
-    kind, room, mend = "memory", physical, ""
+    kind, room, mend = "memory", physical, "lower --num-envs or --num-steps"
     if shared < physical:
-        kind, room, mend = "shared memory", shared, "enlarge /dev/shm (docker --shm-size), give --num-workers 0, or "
+        kind, room = "shared memory", shared
+        mend = f"enlarge /dev/shm (docker run --shm-size), give --num-workers 0, or {mend}"
     if need + 2**20 > room:  # the system would kill the process without a word
-        mend += "lower --num-envs or --num-steps"
         raise RunError(f"a rollout needs {need >> 20:,} MB of {kind}, and there are {room >> 20:,} MB: {mend}")
     storage = {name: torch.zeros((*size, *shape), dtype=dtype) for name, (dtype, shape) in fields.items()}
     return {name: tensor.share_memory_() if args.workers else tensor for name, tensor in storage.items()}
@@ -975,7 +975,8 @@ class Learner:
         self.knobs = MappingProxyType(make_knobs(args, device))  # to be filled, not replaced
         self.optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # [core 3]
         self.settle(self.optimizer)
-        self.optimizer.register_load_state_dict_post_hook(self.settle)  # a checkpoint may be another machine's
+        hook = partial(Learner.settle, weakref.proxy(self))  # no cycle: a graph ends with its learner, not in a fork
+        self.optimizer.register_load_state_dict_post_hook(hook)  # a checkpoint may be another machine's
         agent.dtype, self.batch, self.step, self.fixed = dtype, {}, None, {}
 
     def settle(self, optimizer: torch.optim.Optimizer) -> None:
@@ -1194,7 +1195,7 @@ class RunDirectory:
 
 # ------------------------------------------------------------------------------------------------------- 7 processes
 def choose_device(args: Args) -> torch.device:
-    """This process' GPU, made to do what the flags say, or the CPU."""
+    """This process' GPU, made to do what the flags say, or the CPU. UsageError if the GPU cannot be used."""
     if not (args.cuda and torch.cuda.is_available()):
         return torch.device("cpu")
     device = torch.device("cuda", args.local_rank % torch.cuda.device_count())  # some see their own GPU only

@@ -9,7 +9,6 @@ four emulator frames. --script measures another copy of ppo_atari.py, a changed 
 """
 
 import argparse
-import gc
 import os
 import statistics
 import subprocess
@@ -75,7 +74,6 @@ def environment_alone(kind: str, script: str) -> float:
             env = AtariPreprocessing(gym.make(GAME), noop_max=30, frame_skip=4, terminal_on_life_loss=True)
             return FrameStackObservation(env, 4)
 
-        gc.collect()  # the graph of network_alone: these processes would destroy it as well, and fail
         envs = gym.vector.AsyncVectorEnv([stock] * 8, autoreset_mode="SameStep")
         envs.reset(seed=1)
         actions = np.random.default_rng(1).integers(0, 4, (500, 8))
@@ -260,9 +258,8 @@ def growth(p: Any, script: str, device: str, iterations: int) -> None:
             row[name] = whole_loop(THIS_SCRIPT, train_flags(script, iterations, device, num_envs, flag))["whole loop"]
         row |= alone(p, device, num_envs, False)
     for num_envs in (8, 16, 64, 128):
-        rows[f"{num_envs} environments"] |= alone(p, device, num_envs, True)
-    for num_envs in (8, 16, 64, 128):  # last: no process forked after a graph was made, which it would destroy as well
         row = rows[f"{num_envs} environments"]
+        row |= alone(p, device, num_envs, True)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         row |= network_alone(p, device, "auto", num_envs)

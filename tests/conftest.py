@@ -1,7 +1,6 @@
 """Shared by all tests: the script on the import path, one thread, the marker gpu, and a way to look into the script."""
 
 import functools
-import gc
 import inspect
 import os
 import sys
@@ -31,17 +30,10 @@ def pytest_runtest_setup(item):
     a CUDA graph hides. Before any fixture."""
     gpu = item.get_closest_marker("gpu")
     torch.cuda.is_available = GPU_IS_AVAILABLE if gpu else lambda: False
-    os.environ["CUDA_VISIBLE_DEVICES"] = (GPUS or "") if gpu else ""
     if gpu and GPUS is None:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item):
-    """A learner and its optimizer know each other, so that its graph outlives it: until a collection, which must not be
-    that of a worker forked by another test."""
-    if item.get_closest_marker("gpu"):
-        gc.collect()
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = GPUS if gpu else ""
 
 
 @pytest.fixture(autouse=True, scope="session")

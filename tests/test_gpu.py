@@ -1,8 +1,10 @@
 """The GPU path. Where fakes of the CUDA calls can show it, on any machine; the rest needs a GPU: pytest -m gpu."""
 
+import gc
 import os
 import random
 import warnings
+import weakref
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
@@ -176,6 +178,22 @@ def test_an_update_that_the_cpu_draws_in_is_no_graph(draw, monkeypatch):
         graphed.update(torch.arange(4))
 
 
+def test_a_graph_ends_with_its_learner(monkeypatch):
+    """At once: a collection could come in a process forked meanwhile, which would destroy a graph of a GPU it lacks."""
+    ends, learner = [], a_learner()
+    learner.graphed = True
+    with pretended_graph(monkeypatch, lambda graph: ExitStack()):
+        learner.update(torch.arange(4))
+    weakref.finalize(learner, ends.append, "learner")
+    weakref.finalize(learner.step, ends.append, "graph")
+    gc.disable()
+    try:
+        del learner
+        assert sorted(ends) == ["graph", "learner"]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(
     ("gpus", "fits"),
     [([None, None], True), (["a", "b"], True), (["a", "a"], False), (["a", None], False), ([None, "b", "c"], False)],
@@ -294,11 +312,11 @@ def with_dropout(args, env):
 def test_graph_after_a_resume_and_checkpoints_on_both_devices(make_agent, tmp_path, monkeypatch, capfd):
     """A run that changes its device goes on; with the same device it ends bit-identical, graph and Dropout included."""
     monkeypatch.setattr(p, "make_agent", make_agent)
-    ends, ways = (
-        {},
-        {"whole": [()], "cut": [(), ("--num-workers", 1, "--start-method", "spawn")], "other": [("--seed", 2)]},
-    )
-    for name, pieces in (ways | {"moved": [("--no-cuda",), ("--cuda",), ("--no-cuda",)]}).items():
+    ends, ways = {}, {
+        "whole": [()], "cut": [(), ("--num-workers", 1, "--start-method", "spawn")], "other": [("--seed", 2)],
+        "moved": [("--no-cuda",), ("--cuda",), ("--no-cuda",)],
+    }  # fmt: skip
+    for name, pieces in ways.items():
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         run = None
