@@ -1,66 +1,66 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["ale-py==0.12.1", "gymnasium==1.4.0", "numpy==2.4.6", "opencv-python==5.0.0.93", "pytest==9.2.0",
+# dependencies = ["ale-py==0.12.1", "gymnasium==1.4.0", "numpy==2.4.6", "opencv-python==5.0.0.93",
 #                 "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1"]
 # ///
 # SPDX-License-Identifier: MIT
 """Proximal Policy Optimization on Atari games, complete in this one file.
 
-    python ppo_atari.py --env-id ALE/Breakout-v5                  train: curves, weights and scores go to runs/
-    tensorboard --logdir runs                                     watch
-    python ppo_atari.py --resume runs/<run>                       go on after an interruption, bit for bit
-    python ppo_atari.py --evaluate runs/<run> --capture-video     play ten full games and film one
-    python ppo_atari.py --play --env-id ALE/Breakout-v5           play yourself (pip install pygame)
-    torchrun --standalone --nproc-per-node=2 ppo_atari.py         several processes (README: several nodes)
+    python ppo_atari.py --env-id ALE/Breakout-v5                train: everything goes to runs/
+    tensorboard --logdir runs                                   watch the curves
+    python ppo_atari.py --resume runs/<run>                     go on where it stopped
+    python ppo_atari.py --evaluate runs/<run> --capture-video   play ten full games and film one
+    python ppo_atari.py --play --env-id ALE/Breakout-v5         play yourself (pip install pygame)
+    torchrun --standalone --nproc-per-node=2 ppo_atari.py       train with several processes
 
-After "Proximal Policy Optimization Algorithms" (Schulman et al., 2017), with openai/baselines' hyperparameters, and
-"The 37 Implementation Details of PPO" (Huang et al., 2022), each marked where it happens, [core 1] to [atari 9].
+After "Proximal Policy Optimization Algorithms" (Schulman et al., 2017), with the hyperparameters of
+openai/baselines, and "The 37 Implementation Details of PPO" (Huang et al., 2022). Each detail is
+marked where it happens, from [core 1] to [atari 9].
 
-Sections, each using only what stands above it, and the one place for each kind of change: 1 arguments: a flag, in
-parse_args. 2 environment: a wrapper, in make_env; what of it changes during a game, in its `saved`. 3 agent: a network,
-in make_agent. 4 rollout: a quantity per step, in rollout_fields, and an output of that name from the agent, or a
-store() in rollout. 5 PPO: the loss and what to log, in ppo_loss; a number that changes during training, in make_knobs.
-6 run directory. 7 processes. 8 programs: the loop, and state of its own, in train. 9 entry.
+The sections, each of which uses only what stands above it, and what to change where:
+
+    1 arguments              a flag: parse_args
+    2 environment            a wrapper: make_env
+    3 agent                  a network: make_agent
+    4 parallel environments  worker processes, which play the games and know nothing of PPO
+    5 PPO                    the loss and what is logged of it: ppo_loss
+    6 run directory          files, TensorBoard, films
+    7 checkpoint             what state can be saved: pack, unpack
+    8 programs               the training loop, what it stores of each step, and its state: train
+    9 entry
+
+Letters in shapes: T steps of a rollout, N games of this process, B observations in a batch,
+k stacked frames of L x L pixels.
 """
-
-import os
-import signal
-
-if __name__ in ("__main__", "__mp_main__"):  # before the imports, which take seconds; workers leave it to the learner
-    _said = b"\nppo_atari.py: stopped at once; what was saved before is kept\n"
-    for _signum in (signal.SIGINT, signal.SIGTERM):
-        _stop = lambda signum, frame: (os.write(2, _said), os._exit(128 + signum))  # noqa: E731
-        signal.signal(_signum, _stop if __name__ == "__main__" else signal.SIG_IGN)
 
 import argparse
 import copy
-import ctypes
 import difflib
+import enum
+import inspect
 import io
-import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
 import random
 import re
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
-import warnings
-import weakref
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import is_dataclass
 from datetime import timedelta
-from functools import partial, reduce
-from multiprocessing import connection, parent_process
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import ale_py
@@ -72,292 +72,324 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-warnings.formatwarning = lambda message, *about: f"ppo_atari.py: {' '.join(str(message).split())}\n"  # one line each
+Args = argparse.Namespace
+Tensors = dict[str, Tensor]
+
+SCRIPT = "ppo_atari.py"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CPU = torch.device("cpu")
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # of the worker processes
+
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from every emulator
-cv2.setNumThreads(1)  # OpenCV's own threads would fight the workers for the cores
-with suppress(AttributeError, TypeError):  # glibc: keep freed memory, which costs thousands of page faults to get anew
-    for _option, _value in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(_option, _value)
-
-# ----------------------------------------------------------------------------------------------------- 1 arguments
-Args, Tensors = argparse.Namespace, dict[str, Tensor]
+cv2.setNumThreads(1)  # threads of OpenCV's own would fight the workers for the cores
 
 
-def say(text: str, file: Any = None) -> None:
-    """Prints at once. Where that fails, as on a full disk, nothing else shall."""
-    with suppress(OSError):
-        print(text, file=file or sys.stdout, flush=True)
+class UserError(Exception):
+    """A mistake that the user can mend: one line on standard error, exit code 2."""
 
 
-class RunError(Exception):
-    """A run that cannot go on for a known reason: one line on stderr, exit code 1."""
+class WorkerError(Exception):
+    """A worker process has ended, below its own traceback: one line, exit code 1."""
 
 
-class UsageError(RunError):
-    """One that the user can mend: exit code 2."""
+# ------------------------------------------------------------------------------------ 1 arguments
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+# --resume may change these flags, and --evaluate does not take them from the agent's file: they are
+# about this call and not about the run.
+MAY_CHANGE = {"cuda", "cuda_graph", "torch_deterministic", "num_workers", "checkpoint_interval"}
+MAY_CHANGE |= {"resume", "evaluate", "output", "eval_episodes", "eval_interval", "capture_video"}
+MAY_CHANGE |= {"play", "track", "wandb_project_name", "wandb_entity", "wandb_name"}
+RETIRED = {"inference_batch", "start_method"}  # flags that older agents carry
 
 
-def refuse(message: str) -> None:
-    raise UsageError(message)
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line. They name the file that the flags come from."""
+
+    source = ""
+
+    def error(self, message: str) -> None:
+        origin = f"{self.source}: " if self.source else ""
+        line = " ".join(f"{SCRIPT}: error: {origin}{message}".split())
+        self.exit(2, f"{line}\n")
 
 
-@contextmanager
-def refusing(what: str, kinds: Any = Exception) -> Iterator[None]:
-    """Makes an error of these kinds the user's: one line of what is wrong, or what to do about it, and the reason."""
-    try:
-        yield
-    except kinds as error:
-        if kinds is Exception and isinstance(error, (RunError, MemoryError)):
-            raise
-        raise UsageError(f"{what}: {str(getattr(error, 'strerror', None) or error)[:200]}") from None
-
-
-def between(kind: type, low: float, high: float) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number from low to high, both included. NaN never passes."""
 
     def convert(text: str) -> float:
-        with suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        what = f"a {'whole ' if kind is int else ''}number from {low:.9g} to {high:.9g}"
-        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            message = f"must be {what} from {low:.9g} to {high:.9g}, not {text!r}"
+            raise argparse.ArgumentTypeError(message)
+        return value
 
     return convert
 
 
-def parse_args(argv: list[str] | None = None, saved: Any = MappingProxyType({}), source: str = "") -> Args:
-    """The flags, checked, and what derive adds. A mistake exits with code 2. saved: an earlier run's flags, from the
-    file `source` (--resume: args.json): they pass the same checks, and those of the run count where argv has none."""
-    argv, free = sys.argv[1:] if argv is None else argv, {"total_timesteps"}
-    count, natural, probability = between(int, 1, 2**20), between(int, 0, 2**53), between(float, 0, 1)
-    positive, weight = between(float, 1e-37, 1e37), between(float, 0, 1e37)  # what float32 can hold
-    formatter = partial(argparse.HelpFormatter, max_help_position=40, width=119)
-    parser = argparse.ArgumentParser("ppo_atari.py", None, __doc__.split("\n")[0], formatter_class=formatter)
-    mend = "; a switch is --name or --no-name, without a value, and --help lists all flags"
-    parser.allow_abbrev = False
-    parser.error = lambda what: refuse(what + mend * bool(re.search("unrecognized arg|explicit arg", what)))
+def flag(group: Any, name: str, default: Any, kind: Any, description: str) -> None:
+    """Adds --name to a group of flags. kind: bool (--name and --no-name), str, the possible texts
+    as a tuple, or a function that makes a value of a text."""
+    if kind is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(kind, tuple):
+        options = {"choices": kind}
+    elif kind is str:
+        options = {"metavar": "TEXT"}
+    else:
+        options = {"type": kind, "metavar": "N"}
+    if default is not None:
+        description += " (default: %(default)s)"
+    group.add_argument(f"--{name}", default=default, help=description, **options)
 
-    def flag(name: str, default: Any, kind: Any, help: str) -> None:
-        options = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
-        options = {"choices": kind, "type": type(kind[0])} if isinstance(kind, tuple) else options
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
-        help += "" if default is None else " (default: %(default)s)"
-        action = group.add_argument(f"--{name.replace('_', '-')}", default=default, help=help, **options)
-        free.update({action.dest} if "may change" in group.title else ())
 
-    group = parser.add_argument_group("run (a step is one decision of the agent: 4 emulator frames by default)")
-    flag("env-id", "ALE/Breakout-v5", str, "ALE/<Game>-v5 (sticky actions) or <Game>NoFrameskip-v4 (none)")
-    flag("seed", 1, between(int, 0, 2**31 - 1), "of weights, games, actions and shuffling")
-    flag("total-timesteps", 10_000_000, between(int, 1, 2**53), "length of the run, in steps; may grow with --resume")
-    flag("exp-name", "ppo_atari", str, "goes into the name of the run directory")
-    flag("precision", "auto", ("auto", "float32", "bfloat16"), "of the network; auto: bfloat16 where hardware has it")
-    flag("inference-batch", None, count, "games per policy call (default: the share of one default worker)")
-    group = parser.add_argument_group("machine and files (may change with --resume)")
-    flag("cuda", True, bool, "use a GPU if there is one")
-    flag("cuda-graph", True, bool, "on a GPU, launch each update as one graph (in one process only)")
-    flag("torch-deterministic", True, bool, "deterministic algorithms on a GPU too")
-    flag("num-workers", None, between(int, 0, 1024), "rollout processes, 0: none (default: one per core and game)")
-    flag("start-method", "fork" if sys.platform == "linux" else "spawn", ("fork", "spawn"), "of the workers")
-    flag("resume", None, str, "go on with the run in this directory, with its flags")
-    flag("checkpoint-interval", 300, natural, "iterations from one checkpoint to the next; 0: only at the end")
-    group = parser.add_argument_group("evaluate, film, play, track (may change with --resume)")
-    flag("evaluate", None, str, "play full games with the agent of a run directory or an agent file")
-    flag("output", None, str, "write what --evaluate finds to this directory (default: to the run's, if it is yours)")
-    flag("eval-episodes", 10, between(int, 0, 10_000), "full games per evaluation; 0: none")
-    flag("eval-interval", 0, natural, "evaluate every N steps of training as well; 0: only at the end")
-    flag("capture-video", False, bool, "film one game of each evaluation")
-    flag("play", False, bool, "play yourself; with --evaluate: watch the agent")
-    flag("track", False, bool, "mirror the run to Weights & Biases (pip install wandb)")
-    flag("wandb-project-name", "ppo-atari", str, "project")
-    flag("wandb-entity", None, str, "team or user")
-    flag("wandb-name", None, str, "name of the run (default: the run directory's)")
-    group = parser.add_argument_group("PPO")
-    flag("num-envs", 8, count, "games played side by side, over all processes")
-    flag("num-steps", 128, count, "steps per game in one rollout")
-    flag("learning-rate", 2.5e-4, positive, "of Adam")
-    flag("anneal-lr", True, bool, "let the learning rate fall linearly to 0")
-    flag("gamma", 0.99, probability, "discount per step")
-    flag("gae-lambda", 0.95, probability, "of generalized advantage estimation")
-    flag("num-minibatches", 4, count, "per epoch")
-    flag("update-epochs", 4, count, "passes over each rollout")
-    flag("norm-adv", True, bool, "normalize the advantages of each minibatch")
-    flag("clip-coef", 0.1, positive, "of the probability ratio and of the value")
-    flag("clip-vloss", True, bool, "clip the value loss")
-    flag("ent-coef", 0.01, weight, "of the entropy bonus")
-    flag("ent-coef-final", None, weight, "anneal the entropy bonus linearly to this")
-    flag("vf-coef", 0.5, weight, "of the value loss")
-    flag("max-grad-norm", 0.5, positive, "clip the global gradient norm to this")
-    flag("target-kl", None, positive, "end an update after the epoch whose approximate KL exceeds this")
-    group = parser.add_argument_group("the nine Atari details, and the protocol of Machado et al. (2018)")
-    flag("noop-max", 30, between(int, 0, 10_000), "a game starts after 1 to N frames of doing nothing; 0: at once")
-    flag("frame-skip", 4, between(int, 1, 120), "emulator frames per step")
-    flag("episodic-life", True, bool, "a lost life ends the episode, not the game")
-    flag("fire-reset", True, bool, "press FIRE to start, in games that have it")
-    flag("frame-size", 84, between(int, 1, 1020), "side of the image in pixels: 8m + 4, at least 36")
-    flag("clip-reward", True, bool, "learn from the sign of the reward")
-    flag("frame-stack", 4, between(int, 1, 64), "frames that the agent sees at once")
-    flag("shared-network", True, bool, "policy and value share the network")
-    flag("scale-obs", True, bool, "scale pixels to [0, 1]")
-    flag("full-action-space", False, bool, "all of the console's actions (18, in nearly every game)")
-    flag("repeat-action-probability", None, probability, "sticky actions, per frame (default: what the id says)")
+def use_saved_flags(parser: Parser, saved_flags: Any, skipped: set[str]) -> None:
+    """Makes an earlier run's flags the defaults, all but the skipped ones: as text, so that their
+    types check them as if the user had typed them."""
+    if not isinstance(saved_flags, dict):
+        parser.error("it holds no flags")
+    defaults = vars(parser.parse_args([]))
+    for name, value in saved_flags.items():
+        if name in skipped or name in RETIRED:
+            continue
+        if name not in defaults:
+            parser.error(f"this script has no flag {name!r}")
+        default = defaults[name]
+        is_switch = isinstance(default, bool)
+        if default is not None and (value is None or isinstance(value, bool) != is_switch):
+            parser.error(f"the flag {name!r} cannot be {value!r}")
+        if value is not None and not is_switch:
+            value = str(value)
+        parser.set_defaults(**{name: value})
 
+
+def check_env_id(env_id: str, parser: Parser) -> None:
+    """Refuses what is no Atari game, with the nearest names of such."""
     try:
-        given = vars(parser.parse_args(argv))
-        if resume := bool(given["resume"]):
-            source = str(Path(given["resume"], "args.json"))
-        with refusing(f"{source} is missing or damaged; give the directory of a run"):
-            saved = {**(json.loads(Path(source).read_text())["flags"] if resume else saved)}  # of a dictionary only
-        skipped = {"resume", "evaluate", "output", "play"} if resume else free - {"total_timesteps"}
-        before = []  # as a user would type it
-        for name, value in saved.items():
-            if name not in given or (value is None and parser.get_default(name) is not None):
-                refuse(f"{source}: this script has no flag {name!r} with the value {value!r}")
-            typed = name.replace("_", "-")
-            if value is not None and name not in skipped:
-                before += [f"--{'' if value else 'no-'}{typed}" if isinstance(value, bool) else f"--{typed}={value}"]
-        if source:
-            with refusing(source, UsageError):
-                derive(earlier := parser.parse_args(before))
-        derive(args := parser.parse_args(before + argv))
-        for name in given if resume else ():
-            old, new = getattr(earlier, name), getattr(args, name)
-            if new < old if name == "total_timesteps" else new != old and name not in free:
-                refuse(f"--resume: --{name.replace('_', '-')} is {old} in that run, not {new}; leave it out")
-        args.argv, args.flags = argv, {name: getattr(args, name) for name in given}
-        args.identity = {name: value for name, value in args.flags.items() if name not in free}
-        if not source and parse_args([], args.flags, "what --resume would read").identity != args.identity:
-            refuse("a flag has another value when --resume or --evaluate reads it: make it a number or a text")
-    except UsageError as error:
-        parser.exit(2, f"ppo_atari.py: error: {' '.join(str(error).split())}\n")
-    return args
-
-
-def derive(args: Args) -> None:
-    """Fills in what follows from the flags and the machine, and checks what one flag alone cannot show."""
-    for name, low in (("rank", 0), ("local_rank", 0), ("world_size", 1), ("local_world_size", 1)):  # torchrun's
-        with refusing(f"{name.upper()} in the environment", argparse.ArgumentTypeError):
-            setattr(args, name, between(int, low, 2**20)(os.environ.get(name.upper(), str(low))))
-    try:
-        spec = gym.spec(args.env_id)  # imports nothing
+        spec = gym.spec(env_id)  # imports nothing, as gym.make would for "module:Id"
     except (gym.error.Error, ImportError, ValueError):
-        games = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
-        near = difflib.get_close_matches(args.env_id[:50], games, n=3, cutoff=0.4) or games[:1]
-        refuse(f"--env-id {args.env_id[:50]!r} is unknown; did you mean {' or '.join(near)}?")
-    playable = spec.entry_point == "ale_py.env:AtariEnv" and not spec.kwargs.get("continuous")
+        games = []
+        for name in gym.registry:
+            if name.startswith("ALE/") or name.endswith("NoFrameskip-v4"):
+                games.append(name)
+        near = difflib.get_close_matches(env_id[:50], games, n=3, cutoff=0.4) or games[:1]
+        parser.error(f"--env-id {env_id[:50]!r} is unknown; did you mean {' or '.join(near)}?")
+    if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs.get("continuous"):
+        parser.error(f"--env-id {env_id} is not an Atari game, or has continuous actions")
+
+
+def default_num_groups(args: Args) -> int:
+    """2 on a CPU, where small batches cost more; up to 16 on a GPU, where all groups have one size,
+    since a CUDA graph has. At least one for each process, and at most one for each game."""
+    most = 16 if args.use_gpu else 2
+    for num_groups in range(min(most, args.num_envs), args.world_size, -1):
+        same_size = args.num_envs % num_groups == 0
+        if num_groups % args.world_size == 0 and (same_size or not args.use_gpu):
+            return num_groups
+    return args.world_size
+
+
+def check_args(args: Args, parser: Parser) -> None:
+    """Checks what one flag alone cannot show, and adds what follows from the flags and the machine:
+    sizes, this process' share of them, and its place among the processes of torchrun. All values
+    pass through here, from the command line, from args.json and from a stranger's agent.pt."""
+    smallest_values = {"rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1}
+    for name, smallest in smallest_values.items():  # which torchrun sets
+        text = os.environ.get(name.upper(), str(smallest))
+        try:
+            setattr(args, name, number(int, smallest, 2**20)(text))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{name.upper()} in the environment {error}")
+    if args.rank >= args.world_size:
+        parser.error("RANK and WORLD_SIZE in the environment: start with torchrun, or unset both")
+    if args.world_size > 1 and (args.evaluate is not None or args.play):
+        parser.error("--evaluate and --play need no torchrun: WORLD_SIZE is above 1")
+
+    check_env_id(args.env_id, parser)
+    if args.precision not in PRECISIONS:
+        parser.error(f"--precision must be one of {', '.join(PRECISIONS)}, not {args.precision!r}")
+    if args.frame_size < 36 or args.frame_size % 8 != 4:
+        parser.error(f"--frame-size must be 8m + 4 and at least 36, not {args.frame_size}")
+    if not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", args.exp_name):
+        parser.error("--exp-name must be 1 to 100 characters, without slashes")
+    if "" in (args.resume, args.evaluate, args.output):
+        parser.error("--resume, --evaluate and --output need a path: it is empty")
+    if args.output is not None and args.evaluate is None:
+        parser.error("--output is for --evaluate: training makes a directory in runs/")
+    if args.resume is not None and (args.evaluate is not None or args.play):
+        parser.error("--resume trains on; leave out --evaluate and --play")
+
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = args.total_timesteps // args.batch_size
-    args.local_envs = args.num_envs // args.world_size  # of this process
-    sizes, share = f"{args.num_envs} environments x {args.num_steps} steps", f"{args.world_size} processes"
-    pieces, size = args.num_minibatches * args.world_size, args.frame_size
-    for wrong, message in (
-        (not playable, f"--env-id {args.env_id} is not an Atari game, or has continuous actions"),
-        (args.rank >= args.world_size, "RANK and WORLD_SIZE in the environment: start with torchrun, or unset both"),
-        (args.num_envs % args.world_size, f"--num-envs {args.num_envs} cannot be split evenly over {share}"),
-        (args.batch_size % pieces, f"--num-minibatches {args.num_minibatches} does not divide {sizes} / {share}"),
-        (args.norm_adv and args.batch_size < 2 * pieces, "a minibatch of one sample has no spread: --no-norm-adv"),
-        (args.num_iterations < 1, f"--total-timesteps {args.total_timesteps} is less than one rollout of {sizes}"),
-        (size < 36 or size % 8 != 4, f"--frame-size must be 8m + 4 and at least 36, such as 44 or 84, not {size}"),
-        (not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", args.exp_name), "--exp-name: 1 to 100 characters, and no slashes"),
-        ("" in (args.resume, args.evaluate, args.output), "--resume, --evaluate and --output need a path: it is empty"),
-        (args.output and not args.evaluate, "--output is for --evaluate: training makes a directory in runs/"),
-        (args.resume and (args.evaluate or args.play), "--resume trains on; leave out --evaluate and --play"),
-        (args.world_size > 1 and (args.evaluate or args.play), "WORLD_SIZE > 1: no torchrun for --evaluate or --play"),
-    ):
-        if wrong:
-            refuse(message)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(max(1, cores // args.local_world_size), args.local_envs)
-    args.workers = min(workers if args.num_workers is None else args.num_workers, args.local_envs)
-    args.inference_batch = args.inference_batch or math.ceil(args.local_envs / workers)  # saved: other cores keep it
+    sizes = f"{args.num_envs} environments x {args.num_steps} steps"
+    num_parts = args.num_minibatches * args.world_size
+    if args.num_envs % args.world_size:
+        parser.error(f"--num-envs {args.num_envs} does not divide by {args.world_size} processes")
+    if args.batch_size % num_parts:
+        share = f"{sizes} / {args.world_size} processes"
+        parser.error(f"--num-minibatches {args.num_minibatches} does not divide {share}")
+    if args.norm_adv and args.batch_size < 2 * num_parts:
+        parser.error("a minibatch of one sample has no spread: --no-norm-adv, or fewer minibatches")
+    if args.num_iterations < 1:
+        steps = f"--total-timesteps {args.total_timesteps}"
+        parser.error(f"{steps} is less than one rollout of {sizes}")
+    args.local_batch_size = args.batch_size // args.world_size
+    args.local_minibatch_size = args.minibatch_size // args.world_size
+    args.local_envs = args.num_envs // args.world_size
+    args.first_env = args.rank * args.local_envs  # games are numbered over all processes
+
+    args.use_gpu = args.cuda and torch.cuda.device_count() > 0  # asking so does not start CUDA
+    if args.num_groups is None:
+        args.num_groups = default_num_groups(args)
+    if args.num_groups > args.num_envs or args.num_groups % args.world_size:
+        limits = f"at most --num-envs {args.num_envs} and a multiple of {args.world_size} processes"
+        parser.error(f"--num-groups {args.num_groups} must be {limits}")
+
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    args.workers = args.num_workers
+    if args.workers is None:
+        args.workers = max(0, cores // args.local_world_size - 1)
+    args.workers = min(args.workers, args.local_envs)
 
 
-# --------------------------------------------------------------------------------------------------- 2 environment
-def pack(value: Any, is_key: bool = False) -> Any:
-    """A copy, for torch.load(weights_only=True), of numbers, text, tensors, NumPy's arrays and generators, torch's
-    generators, whatever has a state_dict, and lists, tuples, deques and dictionaries, whose keys become Python's
-    numbers and text. Of anything else, UsageError."""
-    if hasattr(value, "state_dict"):
-        return pack(value.state_dict())
-    if isinstance(value, (torch.Generator, np.random.Generator)):
-        return value.get_state() if isinstance(value, torch.Generator) else pack(value.bit_generator.state)
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, np.generic) and is_key:
-        return value.item()
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
-        return {"ndarray": value.tobytes().decode("latin-1"), "dtype": value.dtype.str, "shape": value.shape}
-    if isinstance(value, dict):
-        return {pack(name, True): pack(part) for name, part in value.items()}
-    if isinstance(value, deque):
-        return {"deque": pack(list(value)), "maxlen": value.maxlen}
-    if type(value) in (list, tuple):
-        return type(value)(pack(part, is_key) for part in value)
-    if type(value) in (type(None), bool, int, float, str) or (type(value) is bytes and value):  # torch reads no b""
-        return value
-    raise UsageError(f"a checkpoint cannot hold a {type(value).__name__}; keep its parts: see pack()")
+def refuse_another_run(args: Args, saved_args: Args, parser: Parser) -> None:
+    """Refuses a flag with which --resume would not continue the run."""
+    for name, value in args.flags.items():
+        saved_value = getattr(saved_args, name)
+        typed = f"--{name.replace('_', '-')}"
+        if name == "total_timesteps":
+            another = value < saved_value
+        else:
+            another = value != saved_value and name not in MAY_CHANGE
+        if another:
+            parser.error(f"--resume: {typed} is {saved_value} in that run, not {value}")
 
 
-def unpack(current: Any, kept: Any, seen: dict | None = None) -> Any:
-    """What pack() kept, put back into `current` where that can be changed in place. An error of any kind: no fit. seen:
-    where it has been put already, since one object under two names may have been two when they were kept."""
-    seen = {} if seen is None else seen
-    if isinstance(current, (list, dict, deque)):
-        current = copy.deepcopy(current) if id(current) in seen else current
-        seen[id(current)] = current
-    if isinstance(current, Tensor) and kept.dtype == current.dtype:
-        place, kept = current.data_ptr(), kept.view(current.shape) if current.numel() else kept  # which may have grown
-        if not current.numel() or place in seen and not torch.equal(current.cpu(), kept):
-            return kept.to(current)
-        seen[place] = current
-        current.detach().copy_(kept)  # it may be a parameter
-        return current
-    if isinstance(kept, dict) and kept.keys() == {"ndarray", "dtype", "shape"}:
-        array = np.frombuffer(kept["ndarray"].encode("latin-1"), kept["dtype"]).reshape(kept["shape"])
-        kept = array.copy()[()]  # [()]: a number of NumPy's, if it was one
-    elif isinstance(kept, dict) and kept.keys() == {"deque", "maxlen"}:
-        kept = deque(unpack(None, kept["deque"]), kept["maxlen"])
-    elif isinstance(kept, dict):
-        old = current if isinstance(current, dict) else {}
-        names = [*kept, *(name for name, part in old.items() if isinstance(part, Tensor) and name not in kept)]
-        kept = {name: unpack(old.get(name), kept[name], seen) for name in names}
-    elif isinstance(kept, (list, tuple)):
-        old = [*current] if type(current) is type(kept) else []
-        kept = type(kept)(unpack(mine, its, seen) for mine, its in zip(old + [None] * len(kept), kept))
-    numbers = [isinstance(x, (int, float, np.generic, np.ndarray)) and np.ndim(x) == 0 for x in (current, kept)]
-    kinds = [f"{type(x).__name__} {getattr(x, 'dtype', '')} {getattr(x, 'ndim', '')}" for x in (current, kept)]
-    if hasattr(current, "load_state_dict"):
-        current.load_state_dict(kept)
-    elif isinstance(current, torch.Generator):
-        current.set_state(kept)
-    elif isinstance(current, np.random.Generator):
-        current.bit_generator.state = kept
-    elif current is None or kept is None or all(numbers):  # all numbers are alike, of Python or of NumPy
-        return kept
-    elif kinds[0] != kinds[1] and not (isinstance(current, dict) and isinstance(kept, dict)):  # a Counter is one, too
-        raise TypeError(f"{kinds[1].strip()} in place of {kinds[0].strip()}")
-    elif isinstance(current, (dict, list, deque)):
-        current.clear()
-        current.update(kept) if isinstance(current, dict) else current.extend(kept)
-    elif isinstance(current, np.ndarray) and current.shape == kept.shape and current.flags.writeable:
-        shared = any(isinstance(x, np.ndarray) and np.may_share_memory(x, current) for x in seen.values())
-        if (shared or current.ctypes.data in seen) and not np.array_equal(current, kept):
-            return kept
-        seen[current.ctypes.data] = current
-        current[...] = kept
-    else:
-        return kept
-    return current
+def read_args(parser: Parser, argv: list[str] | None, saved_flags: Any, source: str) -> Args:
+    """What parse_args returns: the parser's flags, of argv and of an earlier run, checked."""
+    if argv is None:
+        argv = sys.argv[1:]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        advice = "a switch is --name or --no-name, without a value; --help lists all flags"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {advice}")
+    flag_names = list(vars(args))
+
+    skipped = MAY_CHANGE
+    if args.resume is not None:
+        skipped = {"resume", "evaluate", "output", "play"}
+        source = str(Path(args.resume, "args.json"))
+        try:
+            saved_flags = {**json.loads(Path(source).read_text())["flags"]}  # of a dictionary only
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            parser.error(f"{source} is missing or damaged; give the directory of a run")
+    if saved_flags is not None or source:
+        parser.source = source
+        use_saved_flags(parser, saved_flags, skipped)
+        saved_args = parser.parse_args([])
+        check_args(saved_args, parser)
+        parser.source = ""
+        args = parser.parse_args(argv)
+    check_args(args, parser)
+    args.flags = {name: getattr(args, name) for name in flag_names}
+    args.argv = argv
+    if args.resume is not None:
+        refuse_another_run(args, saved_args, parser)
+    return args
 
 
+def parse_args(argv: list[str] | None = None, saved_flags: Any = None, source: str = "") -> Args:
+    """The flags, checked, with what check_args adds. A mistake: one line, exit code 2.
+
+    Each flag is in args.json and in TensorBoard. One that argv does not name has the value of an
+    earlier run, if there is one: of --resume's, or of saved_flags, which are from `source`."""
+    formatter = partial(argparse.HelpFormatter, max_help_position=36, width=100)
+    description = __doc__.split("\n")[0]
+    parser = Parser(SCRIPT, None, description, formatter_class=formatter, allow_abbrev=False)
+    count = number(int, 1, 2**20)
+    natural = number(int, 0, 2**53)
+    probability = number(float, 0, 1)
+    positive = number(float, 1e-37, 1e37)  # what float32 can hold
+    weight = number(float, 0, 1e37)
+
+    run = parser.add_argument_group("run (a step is one decision: 4 emulator frames by default)")
+    flag(run, "env-id", "ALE/Breakout-v5", str, "ALE/<Game>-v5 (sticky) or <Game>NoFrameskip-v4")
+    flag(run, "seed", 1, number(int, 0, 2**31 - 1), "of weights, games, actions and shuffling")
+    flag(run, "total-timesteps", 10_000_000, natural, "in steps; may grow with --resume")
+    flag(run, "exp-name", "ppo_atari", str, "goes into the name of the run directory")
+    flag(run, "precision", "auto", PRECISIONS, "of the network; auto: bfloat16 in hardware")
+    flag(run, "num-groups", None, count, "groups of games that take turns (default: 2, GPU: 16)")
+
+    machine = parser.add_argument_group("machine and files (may change with --resume)")
+    flag(machine, "cuda", True, bool, "use a GPU if there is one")
+    flag(machine, "cuda-graph", True, bool, "on a GPU, launch policy and update as graphs")
+    flag(machine, "torch-deterministic", True, bool, "deterministic algorithms on a GPU too")
+    flag(machine, "num-workers", None, natural, "processes that play games (default: cores - 1)")
+    flag(machine, "resume", None, str, "go on with the run in this directory, with its flags")
+    flag(machine, "checkpoint-interval", 300, natural, "iterations; 0: only at the end")
+
+    watch = parser.add_argument_group("evaluate, film, play, track (may change with --resume)")
+    flag(watch, "evaluate", None, str, "play full games with the agent of a run or of a file")
+    flag(watch, "output", None, str, "where --evaluate writes (default: to a run of yours)")
+    flag(watch, "eval-episodes", 10, number(int, 0, 10_000), "full games per evaluation; 0: none")
+    flag(watch, "eval-interval", 0, natural, "evaluate every N steps, too; 0: only at the end")
+    flag(watch, "capture-video", False, bool, "film one game of each evaluation")
+    flag(watch, "play", False, bool, "play yourself; with --evaluate: watch the agent")
+    flag(watch, "track", False, bool, "mirror the run to Weights & Biases (pip install wandb)")
+    flag(watch, "wandb-project-name", "ppo-atari", str, "project")
+    flag(watch, "wandb-entity", None, str, "team or user")
+    flag(watch, "wandb-name", None, str, "name of the run (default: the run directory's)")
+
+    ppo = parser.add_argument_group("PPO")
+    flag(ppo, "num-envs", 8, count, "games played side by side, over all processes")
+    flag(ppo, "num-steps", 128, count, "steps per game in one rollout")
+    flag(ppo, "learning-rate", 2.5e-4, positive, "of Adam")
+    flag(ppo, "anneal-lr", True, bool, "let the learning rate fall linearly to 0")
+    flag(ppo, "gamma", 0.99, probability, "discount per step")
+    flag(ppo, "gae-lambda", 0.95, probability, "of generalized advantage estimation")
+    flag(ppo, "num-minibatches", 4, count, "per epoch")
+    flag(ppo, "update-epochs", 4, count, "passes over each rollout")
+    flag(ppo, "norm-adv", True, bool, "normalize the advantages of each minibatch")
+    flag(ppo, "clip-coef", 0.1, positive, "of the probability ratio and of the value")
+    flag(ppo, "clip-vloss", True, bool, "clip the value loss")
+    flag(ppo, "ent-coef", 0.01, weight, "of the entropy bonus")
+    flag(ppo, "ent-coef-final", None, weight, "anneal the entropy bonus linearly to this")
+    flag(ppo, "vf-coef", 0.5, weight, "of the value loss")
+    flag(ppo, "max-grad-norm", 0.5, positive, "clip the global gradient norm to this")
+    flag(ppo, "target-kl", None, positive, "end an update after the epoch whose KL exceeds this")
+
+    atari = parser.add_argument_group("the nine Atari details, and Machado et al. (2018)")
+    flag(atari, "noop-max", 30, number(int, 0, 10_000), "frames of doing nothing at a game's start")
+    flag(atari, "frame-skip", 4, number(int, 1, 120), "emulator frames per step")
+    flag(atari, "episodic-life", True, bool, "a lost life ends the episode, not the game")
+    flag(atari, "fire-reset", True, bool, "press FIRE to start, in games that have it")
+    flag(atari, "frame-size", 84, number(int, 1, 1020), "side of the image: 8m + 4, at least 36")
+    flag(atari, "clip-reward", True, bool, "learn from the sign of the reward")
+    flag(atari, "frame-stack", 4, number(int, 1, 64), "frames that the agent sees at once")
+    flag(atari, "shared-network", True, bool, "policy and value share the network")
+    flag(atari, "scale-obs", True, bool, "scale pixels to [0, 1]")
+    flag(atari, "full-action-space", False, bool, "all of the console's actions, mostly 18")
+    flag(atari, "repeat-action-probability", None, probability, "sticky (default: the id's)")
+    return read_args(parser, argv, saved_flags, source)
+
+
+# ---------------------------------------------------------------------------------- 2 environment
 def find_action(env: gym.Env, meaning: str) -> int | None:
-    """The index of the action with this meaning, such as "FIRE", or None where the game lacks it."""
+    """The index of the action with this meaning, such as "FIRE", or None if there is none."""
     meanings = env.unwrapped.get_action_meanings()
     return meanings.index(meaning) if meaning in meanings else None
 
 
 def step_in_reset(env: gym.Env, action: int, info: dict) -> tuple[np.ndarray, dict]:
-    """One step within a reset; resets again should it end the episode, and hands on info["episode"] of that game."""
+    """One step within a reset; resets again should it end the episode, and hands on
+    info["episode"] of that game."""
     obs, _, terminated, truncated, step_info = env.step(action)
     if terminated or truncated:
         obs, reset_info = env.reset()
@@ -366,11 +398,13 @@ def step_in_reset(env: gym.Env, action: int, info: dict) -> tuple[np.ndarray, di
 
 
 class NoopResetEnv(gym.Wrapper):
-    """[atari 1] Starts games after 1 to noop_max frames of NOOP or, in two games, action 0 (Mnih et al., 2015)."""
+    """[atari 1] Starts games after 1 to noop_max frames of NOOP (Mnih et al., 2015). The two games
+    without a NOOP get action 0 in its place."""
 
     def __init__(self, env: gym.Env, noop_max: int = 30):
         super().__init__(env)
-        self.noop_max, self.noop = noop_max, find_action(env, "NOOP") or 0
+        self.noop_max = noop_max
+        self.noop = find_action(env, "NOOP") or 0
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
@@ -380,55 +414,67 @@ class NoopResetEnv(gym.Wrapper):
 
 
 class MaxAndSkipEnv(gym.Wrapper):
-    """[atari 2] Repeats an action for `skip` frames, sums rewards and returns the pixelwise maximum of the last two RGB
-    screens [H, W, 3], the only ones drawn: some objects are in every other frame only (Mnih et al., 2015)."""
+    """[atari 2] Repeats an action for `skip` frames, sums the rewards and returns the pixelwise
+    maximum of the last two RGB screens [H, W, 3], since some objects are drawn in every other frame
+    only (Mnih et al., 2015). No other screens are drawn."""
 
     def __init__(self, env: gym.Env, skip: int = 4):
         super().__init__(env)
-        self.ale, self.skip = env.unwrapped.ale, skip
+        self.ale = env.unwrapped.ale
+        self.skip = skip
         self.actions = [ale_py.Action[meaning] for meaning in env.unwrapped.get_action_meanings()]
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        ale, reward, screen = self.ale, 0.0, None
+        ale = self.ale
+        reward = 0.0
+        screen_before_last = None
         for frame in range(self.skip):
             reward += ale.act(self.actions[action])
-            if over := ale.game_over():  # terminated or truncated
+            over = ale.game_over()  # terminated or truncated
+            if over:
                 break
             if frame == self.skip - 2:
-                screen = ale.getScreenRGB()
-        last = ale.getScreenRGB()
-        screen = last if screen is None or over else np.maximum(screen, last, out=last)
+                screen_before_last = ale.getScreenRGB()
+        screen = ale.getScreenRGB()
+        if screen_before_last is not None and not over:
+            screen = np.maximum(screen, screen_before_last, out=screen)
         return screen, reward, ale.game_over(with_truncation=False), ale.game_truncated(), {}
 
 
 class EpisodicLifeEnv(gym.Wrapper):
-    """[atari 3] Ends the episode when a life is lost; reset() then goes on in the same game, unless it has a seed (Mnih
-    et al., 2015). A counter that falls to 0 is no lost life: some games (Q*bert) show 0 for a while before they end."""
-
-    saved = ("lives", "game_over")
+    """[atari 3] Ends the episode when a life is lost; reset() then goes on in the same game, unless
+    it gets a seed (Mnih et al., 2015). A counter that falls to 0 is no lost life: some games
+    (Q*bert) show 0 for a while before they end."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.noop, self.ale = find_action(env, "NOOP") or 0, env.unwrapped.ale
-        self.lives, self.game_over = 0, True
+        self.ale = env.unwrapped.ale
+        self.noop = find_action(env, "NOOP") or 0
+        self.lives = 0
+        self.game_over = True
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
-        before, self.lives = self.lives, self.ale.lives()
-        return obs, reward, terminated or 0 < self.lives < before, truncated, info
+        lives_before = self.lives
+        self.lives = self.ale.lives()
+        life_lost = 0 < self.lives < lives_before
+        return obs, reward, terminated or life_lost, truncated, info
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         if self.game_over or kwargs.get("seed") is not None:
             obs, info = self.env.reset(**kwargs)
         else:
-            obs, info = step_in_reset(self.env, self.noop, {})  # this step, too, can end the game (River Raid)
-        self.lives, self.game_over = self.ale.lives(), False
+            # This step, too, can end the game (River Raid).
+            obs, info = step_in_reset(self.env, self.noop, {})
+        self.lives = self.ale.lives()
+        self.game_over = False
         return obs, info
 
 
 class FireResetEnv(gym.Wrapper):
-    """[atari 4] Presses FIRE, then action 2, at each reset: some games stand still until then (openai/baselines)."""
+    """[atari 4] Presses FIRE, then action 2, at each reset: some games stand still until then
+    (openai/baselines)."""
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
@@ -438,11 +484,13 @@ class FireResetEnv(gym.Wrapper):
 
 
 class WarpFrame(gym.ObservationWrapper):
-    """[atari 5] RGB screen [H, W, 3] to luminance, then to uint8 [size, size] by area averaging (Mnih et al., 2015)."""
+    """[atari 5] RGB screen [H, W, 3] to luminance, then to uint8 [size, size] by area averaging
+    (Mnih et al., 2015)."""
 
     def __init__(self, env: gym.Env, size: int = 84):
         super().__init__(env)
-        self.size, self.observation_space = size, gym.spaces.Box(0, 255, (size, size), np.uint8)
+        self.size = size
+        self.observation_space = gym.spaces.Box(0, 255, (size, size), np.uint8)
 
     def observation(self, screen: np.ndarray) -> np.ndarray:
         luminance = cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY)
@@ -450,24 +498,25 @@ class WarpFrame(gym.ObservationWrapper):
 
 
 class ClipRewardEnv(gym.RewardWrapper):
-    """[atari 6] The sign of the reward: -1, 0 or +1, so that one learning rate suits all games (Mnih et al., 2015)."""
+    """[atari 6] The sign of the reward: -1, 0 or +1, so that one learning rate suits all games
+    (Mnih et al., 2015)."""
 
     def reward(self, reward: float) -> float:
         return float((reward > 0) - (reward < 0))
 
 
 class FrameStack(gym.ObservationWrapper):
-    """[atari 7] The last k frames [k, L, L], oldest first; after a reset, the first one k times (Mnih et al., 2015).
-    Of frames [C, L, L]: [k * C, L, L]."""
-
-    saved = ("frames",)
+    """[atari 7] The last k frames [k, L, L], oldest first; after a reset, the first one k times
+    (Mnih et al., 2015). Of frames [C, L, L]: [k * C, L, L]."""
 
     def __init__(self, env: gym.Env, k: int = 4):
         super().__init__(env)
         space = env.observation_space
         self.frames = np.zeros((k, *space.shape), space.dtype)
         shape = (math.prod(self.frames.shape[:-2]), *space.shape[-2:])
-        self.observation_space = gym.spaces.Box(space.low.min(), space.high.max(), shape, space.dtype)
+        low = space.low.min()
+        high = space.high.max()
+        self.observation_space = gym.spaces.Box(low, high, shape, space.dtype)
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
@@ -479,23 +528,22 @@ class FrameStack(gym.ObservationWrapper):
         return self.frames.reshape(self.observation_space.shape).copy()
 
 
-for _stateless in (NoopResetEnv, MaxAndSkipEnv, FireResetEnv, WarpFrame, ClipRewardEnv):
-    _stateless.saved = ()  # a wrapper names those of its attributes that change during a game: checkpoints hold them
-
-
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """The full stack, in openai/baselines' order: every program here plays through it. Observations are uint8
-    [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"} appears once per game, when it is really
-    over: return before clipping, length in steps, seconds. No frames are skipped but by MaxAndSkipEnv: frameskip=1."""
-    sticky = args.repeat_action_probability
-    kwargs = {} if sticky is None else {"repeat_action_probability": sticky}
-    kwargs |= {"full_action_space": args.full_action_space, "render_mode": render_mode}
+    """The full stack, in openai/baselines' order; every program here plays through it.
+
+    Observations are uint8 [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"}
+    appears once per game, when it is really over: return before clipping, length in steps,
+    seconds. What wrappers remember is found and checkpointed: see remembered()."""
+    kwargs = {"full_action_space": args.full_action_space, "render_mode": render_mode}
+    if args.repeat_action_probability is not None:
+        kwargs["repeat_action_probability"] = args.repeat_action_probability
+    # frameskip=1: the ids' own skipping of frames would come on top of MaxAndSkipEnv's.
     env = gym.make(args.env_id, frameskip=1, disable_env_checker=True, **kwargs).unwrapped
     if args.noop_max > 0:
         env = NoopResetEnv(env, args.noop_max)
     env = MaxAndSkipEnv(env, args.frame_skip)
-    env = gym.wrappers.RecordEpisodeStatistics(env)  # above the skip, beneath lives and clipping: as papers score
-    env.saved = ("episode_returns", "episode_lengths")
+    env = gym.wrappers.RecordEpisodeStatistics(env)  # beneath lives and clipping, as papers score
+    env.saved = ("episode_returns", "episode_lengths")  # and not its clock
     if args.episodic_life:
         env = EpisodicLifeEnv(env)
     if args.fire_reset and find_action(env, "FIRE") is not None:
@@ -506,50 +554,199 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     return FrameStack(env, args.frame_stack)
 
 
-def saved_attributes(env: gym.Env) -> Iterator[tuple[gym.Env, str]]:
-    """What the wrappers declare with `saved`, base classes included: attributes, or parts of such, as "stats.mean".
-    UsageError for a wrapper that declares nothing, or what it lacks."""
+def step_and_reset(env: gym.Env, action: int) -> tuple:
+    """One step and, where it ends the episode, the reset that begins the next one.
+
+    Returns obs, which after a reset is that of the new episode; reward, terminated and truncated;
+    final_obs, which is what the step itself showed; and the (return, length) of each game that was
+    really over. The steps of a reset can end one, too: see step_in_reset."""
+    final_obs, reward, terminated, truncated, info = env.step(action)
+    obs = final_obs
+    infos = [info]
+    games = []
+    if terminated or truncated:
+        game_return = float(env.get_wrapper_attr("episode_returns"))
+        length = int(env.get_wrapper_attr("episode_lengths"))
+        obs, reset_info = env.reset()
+        infos.append(reset_info)
+        began_anew = env.get_wrapper_attr("episode_lengths") < length
+        if began_anew and "episode" not in info and "episode" not in reset_info:
+            games.append((game_return, length))  # a wrapper further up, such as TimeLimit, cut it
+    for one in infos:
+        if "episode" in one:
+            games.append((float(one["episode"]["r"]), int(one["episode"]["l"])))
+    return obs, reward, terminated, truncated, final_obs, games
+
+
+def pack(value: Any) -> Any:
+    """A copy of the value that torch.load(weights_only=True) accepts: of numbers, text, tensors,
+    NumPy's arrays, generators, whatever has a state_dict, and lists, tuples, sets, deques and
+    dictionaries of these. TypeError for anything else, since no checkpoint could be loaded."""
+    if hasattr(value, "state_dict"):
+        return pack(value.state_dict())
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return pack(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return pack(value.get_state())
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+        numbers = value.tobytes().decode("latin-1")
+        return {"packed array": numbers, "dtype": value.dtype.str, "shape": value.shape}
+    if isinstance(value, bytes):
+        return {"packed bytes": value.decode("latin-1")}
+    if isinstance(value, set):
+        return {"packed set": [pack(part) for part in value]}
+    if isinstance(value, deque):
+        return {"packed deque": [pack(part) for part in value], "maxlen": value.maxlen}
+    if isinstance(value, dict):
+        return {pack_key(key): pack(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [pack(part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}: see pack()")
+
+
+def pack_key(key: Any) -> Any:
+    """The key of a dictionary, with Python's numbers and text in place of NumPy's."""
+    if isinstance(key, tuple):
+        return tuple(pack_key(part) for part in key)
+    if isinstance(key, np.generic):
+        return key.item()
+    return key if isinstance(key, bytes) else pack(key)
+
+
+def unpack(saved: Any, current: Any = None, in_place: bool = True) -> Any:
+    """What pack() kept, as it was. It is put back into `current` if that is a generator, has a
+    state_dict or, unless in_place is False, is a tensor or a dictionary, so that whoever else holds
+    it, such as an optimizer or a CUDA graph, sees it. All else is new."""
+    if hasattr(current, "load_state_dict"):
+        current.load_state_dict(unpack(saved))
+    elif isinstance(current, torch.Generator):
+        current.set_state(saved)
+    elif isinstance(current, np.random.Generator):
+        current.bit_generator.state = unpack(saved)
+    elif isinstance(current, np.random.RandomState):
+        current.set_state(unpack(saved))
+    elif isinstance(current, random.Random):
+        current.setstate(saved)
+    elif isinstance(saved, Tensor):
+        same_shape = isinstance(current, Tensor) and current.shape == saved.shape
+        if not in_place or not same_shape or current.dtype != saved.dtype:
+            return saved.clone()
+        current.detach().copy_(saved)
+    elif isinstance(saved, dict) and "packed array" in saved:
+        array = np.frombuffer(saved["packed array"].encode("latin-1"), saved["dtype"])
+        return array.reshape(saved["shape"]).copy()[()]  # [()]: a number of NumPy's, if it was one
+    elif isinstance(saved, dict) and "packed bytes" in saved:
+        return saved["packed bytes"].encode("latin-1")
+    elif isinstance(saved, dict) and "packed set" in saved:
+        return set(unpack(saved["packed set"]))
+    elif isinstance(saved, dict) and "packed deque" in saved:
+        return deque(unpack(saved["packed deque"]), saved["maxlen"])
+    elif isinstance(saved, dict):
+        if not isinstance(current, dict):
+            current = {}
+        elif not in_place:
+            current = copy.copy(current)  # of the same type, such as a Counter
+        parts = {key: unpack(part, current.get(key), in_place) for key, part in saved.items()}
+        current.clear()
+        current.update(parts)
+    elif isinstance(saved, (list, tuple)):
+        old_parts = list(current) if isinstance(current, type(saved)) else []
+        old_parts += [None] * (len(saved) - len(old_parts))
+        parts = [unpack(part, old_part, in_place) for part, old_part in zip(saved, old_parts)]
+        if hasattr(current, "_make"):  # a named tuple
+            return current._make(parts)
+        return parts if isinstance(saved, list) else tuple(parts)
+    else:
+        return saved
+    return current
+
+
+def wrappers_of(env: gym.Env) -> list[gym.Env]:
+    """The wrappers of an environment, from the outermost on."""
+    wrappers = []
     while env is not env.unwrapped:
-        declared = [vars(part)["saved"] for part in (env, *type(env).__mro__) if "saved" in vars(part)]
-        if not declared:
-            what = "`saved = ()`, or with the names of its attributes that change during a game"
-            refuse(f"{type(env).__name__} needs {what}; on the class or, in make_env, on a stock wrapper's instance")
-        for name in dict.fromkeys(itertools.chain(*declared)):
-            with refusing(f"`saved` of {type(env).__name__}", AttributeError):
-                *path, last = name.split(".")
-                getattr(owner := reduce(getattr, path, env), last)
-            yield owner, last
+        wrappers.append(env)
         env = env.env
+    return wrappers
 
 
-def get_env_state(env: gym.Env, generator: np.random.Generator | None = None) -> dict[str, Any]:
-    """Everything that the future of a game depends on, packed; also what its actions are drawn with, if given."""
+def has_attributes(value: Any) -> bool:
+    """Whether an object's attributes can be part of what a wrapper remembers."""
+    if inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value):
+        return False
+    frozen = is_dataclass(value) and value.__dataclass_params__.frozen
+    if frozen or isinstance(value, (enum.Enum, Args)):
+        return False  # they are constants
+    foreign = ("ale_py", "gymnasium.envs", "torch", "logging", "threading")
+    return hasattr(value, "__dict__") and not type(value).__module__.startswith(foreign)
+
+
+def remembered(thing: Any, path: str, visited: set[int]) -> dict[str, Any]:
+    """What an object remembers, packed, by its path, such as "1.return_rms.mean": those of its
+    attributes that pack() can keep, and the same of the objects among the others. A wrapper that
+    names its attributes in `saved` is taken at its word."""
+    visited.add(id(thing))
+    values = {}
+    if hasattr(thing, "saved"):
+        for name in thing.saved:
+            value = thing
+            for part in name.split("."):
+                value = getattr(value, part)
+            values[f"{path}.{name}"] = pack(value)
+        return values
+    for name, value in vars(thing).items():
+        if isinstance(value, (gym.Env, gym.Space)):
+            continue
+        try:
+            values[f"{path}.{name}"] = pack(value)
+        except TypeError:
+            if has_attributes(value) and id(value) not in visited:
+                values |= remembered(value, f"{path}.{name}", visited)
+    return values
+
+
+def get_env_state(env: gym.Env) -> dict[str, Any]:
+    """Everything that the future of a game depends on, packed."""
+    wrappers = {}
+    visited = set()
+    for i, wrapper in enumerate(wrappers_of(env)):
+        wrappers |= remembered(wrapper, str(i), visited)
     emulator = env.unwrapped.ale.cloneState(include_rng=True).serialize()
-    wrappers = [getattr(wrapper, name) for wrapper, name in saved_attributes(env)]
-    return pack({"emulator": emulator, "np_random": env.np_random, "wrappers": wrappers, "generator": generator})
+    return pack({"emulator": emulator, "np_random": env.np_random}) | {"wrappers": wrappers}
 
 
-def set_env_state(env: gym.Env, state: dict[str, Any], generator: np.random.Generator | None = None) -> None:
-    """The inverse of get_env_state, for an environment of the same flags, reset once. Raises UsageError. The emulator
-    is native code that trusts these bytes: their length, less generators' digits, is checked; forged ones do harm."""
-    ale, words = env.unwrapped.ale, re.compile(rb"(?:\d{1,10} ){624}\d{1,3}")
-    with refusing("the games in the checkpoint do not fit"):
-        mine, its = (words.subn(b"", x) for x in (get_env_state(env)["emulator"], state["emulator"]))
-        if (len(mine[0]), mine[1]) != (len(its[0]), its[1]):
-            raise ValueError("the emulator's state is not of this game")
-        ale.reset_game()
-        ale.restoreState(ale_py.ALEState(state["emulator"]))
-        unpack(generator, state["generator"])
-        unpack(env.np_random, state["np_random"])
-        places = [*saved_attributes(env)]
-        for place, value in zip(places, unpack([getattr(*place) for place in places], state["wrappers"]), strict=True):
-            setattr(*place, value)
+def set_env_state(env: gym.Env, state: dict[str, Any]) -> None:
+    """The inverse of get_env_state, for an environment of the same flags that was reset once. The
+    emulator is native code that believes these bytes: forged ones do harm."""
+    ale = env.unwrapped.ale
+    ale.reset_game()
+    ale.restoreState(ale_py.ALEState(unpack(state["emulator"])))
+    unpack(state["np_random"], env.np_random)
+    wrappers = wrappers_of(env)
+    for path, saved in state["wrappers"].items():
+        index, *names, last = path.split(".")
+        owner = wrappers[int(index)]
+        for name in names:
+            owner = getattr(owner, name)
+        current = getattr(owner, last, None)  # not in place: two names may begin as one object
+        setattr(owner, last, unpack(saved, current, in_place=False))
 
 
 def forget_last_action(env: gym.Env) -> None:
-    """Makes the emulator's last action, which sticky actions repeat and no saved state contains, a NOOP: each rollout
-    starts so, resumed or not. A frame fails to replace it with the sticky probability p, all n with p^n < 10^-11."""
-    ale, sticky = env.unwrapped.ale, env.unwrapped.spec.kwargs["repeat_action_probability"]
+    """Makes the emulator's last action a NOOP. Sticky actions repeat it and no saved state contains
+    it, so each rollout starts like this, resumed or not. A frame fails to replace it with the
+    sticky probability p, and all n of them with p^n < 10^-11."""
+    ale = env.unwrapped.ale
+    sticky = env.unwrapped.spec.kwargs["repeat_action_probability"]
     if sticky > 0:
         state = ale.cloneState(include_rng=True)
         for _ in range(math.ceil(-11 / math.log10(min(sticky, 0.99)))):
@@ -557,7 +754,7 @@ def forget_last_action(env: gym.Env) -> None:
         ale.restoreState(state)
 
 
-# --------------------------------------------------------------------------------------------------------- 3 agent
+# ---------------------------------------------------------------------------------------- 3 agent
 def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 0.0) -> nn.Module:
     """[core 2] Orthogonal weights scaled by std and constant biases, in place."""
     nn.init.orthogonal_(layer.weight, std)
@@ -566,476 +763,629 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 
 
 
 class PixelConv2d(nn.Conv2d):
-    """A first layer for pixels of 0 to 255. Scales its weights in place of every pixel, which comes to the same."""
+    """A first layer for pixels of 0 to 255. It scales its weights in place of every pixel, which
+    comes to the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight.to(x.dtype) * (1 / 255), self.bias.to(x.dtype))
 
 
 class Flatten(nn.Module):
-    """[B, C, H, W] to [B, H * W * C]: channels lie innermost in memory, so that this order costs no copy."""
+    """[B, C, H, W] to [B, H * W * C]: channels lie innermost in memory, so that this order costs no
+    copy."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
 def nature_cnn(frame_stack: int, frame_size: int, scale_obs: bool) -> nn.Sequential:
-    """[atari 8] The network of Mnih et al. (2015): pixels [B, frame_stack, L, L] to [B, 512]. L = 8m + 4 loses none."""
+    """[atari 8] The network of Mnih et al. (2015): pixels [B, frame_stack, L, L] to [B, 512]. With
+    L = 8m + 4, the convolutions lose no pixels."""
     first = PixelConv2d if scale_obs else nn.Conv2d  # [atari 9]
-    layers = [layer_init(first(frame_stack, 32, 8, stride=4)), nn.ReLU(inplace=True)]
-    layers += [layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(inplace=True)]
-    layers += [layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(inplace=True), Flatten()]
     side = frame_size // 8 - 3  # 8m + 4 -> 2m -> m - 1 -> m - 3
-    return nn.Sequential(*layers, layer_init(nn.Linear(64 * side * side, 512)), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        layer_init(first(frame_stack, 32, 8, stride=4)),
+        nn.ReLU(inplace=True),
+        layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+        nn.ReLU(inplace=True),
+        layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+        nn.ReLU(inplace=True),
+        Flatten(),
+        layer_init(nn.Linear(64 * side * side, 512)),
+        nn.ReLU(inplace=True),
+    )
 
 
 class Agent(nn.Module):
-    """A policy head and a value head on networks that map pixels of 0 to 255, [B, *obs_shape], to [B, any width]. By
-    default the heads share one; shared_network=False gives the value head its own [core 13]."""
+    """A policy head and a value head on networks that map pixels of 0 to 255, [B, *obs_shape], to
+    [B, any width]. By default the heads share one network; shared_network=False gives the value
+    head its own [core 13]."""
 
-    def __init__(self, obs_shape: tuple, num_actions: int, make_network: Callable, shared_network: bool = True):
+    def __init__(
+        self,
+        obs_shape: tuple,
+        num_actions: int,
+        make_network: Callable,
+        shared_network: bool = True,
+    ):
         super().__init__()
-        self.dtype = torch.float32  # of the network's arithmetic; the heads always compute in float32
+        self.dtype = torch.float32  # of the network's arithmetic; the heads compute in float32
         self.network = make_network()
         self.critic_network = None if shared_network else make_network()
-        with torch.no_grad():  # in eval mode: Dropout would draw random numbers
-            width = self.eval().features(self.network, torch.zeros(1, *obs_shape, dtype=torch.uint8)).shape[1]
+        with torch.no_grad():  # a copy, since buffers and modes shall stay as they are
+            width = copy.deepcopy(self.network).eval()(torch.zeros(1, *obs_shape)).shape[1]
         self.actor = layer_init(nn.Linear(width, num_actions), std=0.01)  # nearly uniform at first
         self.critic = layer_init(nn.Linear(width, 1), std=1)
-        self.train().to(memory_format=torch.channels_last)  # several times faster in the first convolution
+        self.to(memory_format=torch.channels_last)  # the first convolution is several times faster
 
     def features(self, network: nn.Module, obs: Tensor) -> Tensor:
         """float32 [B, width]."""
         x = obs.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        mixed = next(network.parameters()).dtype != self.dtype  # never in the acting copy
-        with torch.autocast(obs.device.type, self.dtype) if mixed else nullcontext():
+        weights_differ = next(network.parameters()).dtype != self.dtype  # never in the acting copy
+        autocast = torch.autocast(obs.device.type, self.dtype) if weights_differ else nullcontext()
+        with autocast:
             return network(x).float()
 
-    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None, uniform: Tensor | None = None) -> Tensors:
-        """action int64 [B], its log_prob [B], the policy's entropy [B] and the value [B]. Without an action, samples
-        one: by inverting the distribution function at uniform [B] in [0, 1), if given."""
+    def get_action_and_value(
+        self, obs: Tensor, action: Tensor | None = None, uniform: Tensor | None = None
+    ) -> Tensors:
+        """action int64 [B], its log_prob [B], the policy's entropy [B] and the value [B]. Without
+        an action it samples one: the distribution function, inverted at uniform [B] in [0, 1)."""
         hidden = self.features(self.network, obs)
-        critic_hidden = hidden if self.critic_network is None else self.features(self.critic_network, obs)
+        critic_hidden = hidden
+        if self.critic_network is not None:
+            critic_hidden = self.features(self.critic_network, obs)
         value = self.critic(critic_hidden).flatten()
         log_probs = self.actor(hidden).log_softmax(-1)
         probs = log_probs.exp()
         if action is None:
-            uniform = torch.rand(len(obs), device=obs.device) if uniform is None else uniform
-            action = (probs.cumsum(-1) <= uniform[:, None]).sum(-1).clamp_(max=probs.shape[-1] - 1)
+            if uniform is None:
+                uniform = torch.rand(len(obs), device=obs.device)
+            action = (probs.cumsum(-1) <= uniform[:, None]).sum(-1)
+            action.clamp_(max=probs.shape[-1] - 1)  # the sum can stay below 1 by rounding
         log_prob = log_probs.gather(-1, action[:, None]).squeeze(-1)
-        return {"action": action, "log_prob": log_prob, "entropy": -(probs * log_probs).sum(-1), "value": value}
+        entropy = -(probs * log_probs).sum(-1)
+        return {"action": action, "log_prob": log_prob, "entropy": entropy, "value": value}
 
 
 def make_agent(args: Args, env: gym.Env) -> Agent:
-    """The agent that the flags describe, for this environment. Every program here builds its agent with it."""
+    """The agent that the flags describe, for this environment; every program here builds it so."""
     obs_shape = env.observation_space.shape
     make_network = partial(nature_cnn, obs_shape[0], obs_shape[1], args.scale_obs)
     return Agent(obs_shape, int(env.action_space.n), make_network, args.shared_network)
 
 
-def inference_copy(agent: Agent, dtype: torch.dtype) -> Agent:
-    """A copy that acts: in eval mode, with the network's weights kept in the dtype it computes in. Before each rollout,
-    it gets the agent's parameters and buffers; what else the agent changes in itself, or Dropout, it acts without."""
-    clone = copy.deepcopy(agent).requires_grad_(False).eval()
-    clone.dtype = dtype
-    for network in filter(None, (clone.network, clone.critic_network)):
-        network.to(dtype)
-    for layer in clone.modules() if dtype == torch.float32 else ():
-        if isinstance(layer, nn.Linear):  # small batches times the large matrix: twice as fast with contiguous columns
-            layer.weight.data = layer.weight.t().contiguous().t()
-    return clone
+def inference_copy(agent: Agent, dtype: torch.dtype, device: torch.device) -> Agent:
+    """A copy that acts: in eval mode, with the network's weights kept in the dtype it computes in.
+    load_state_dict() brings it the agent's parameters and buffers."""
+    policy = copy.deepcopy(agent).requires_grad_(False).eval().to(device)
+    policy.dtype = dtype
+    policy.network.to(dtype)
+    if policy.critic_network is not None:
+        policy.critic_network.to(dtype)
+    if dtype == torch.float32 and device.type == "cpu":
+        for layer in policy.modules():
+            if isinstance(layer, nn.Linear):  # small batches: contiguous columns are twice as fast
+                layer.weight.data = layer.weight.t().contiguous().t()
+    return policy
 
 
-# ------------------------------------------------------------------------------------------------------- 4 rollout
-def rollout_fields(args: Args, env: gym.Env) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a rollout keeps of each step in each environment: name, type and shape. The loss reads the same names.
-    Filled with the agent's outputs of these names, and by store() in rollout(). done: 1 where obs starts an episode."""
-    obs = (getattr(torch, env.observation_space.dtype.name), env.observation_space.shape)
-    fields = {"obs": obs, "action": (torch.int64, ())}
-    return fields | dict.fromkeys(("reward", "done", "log_prob", "value"), (torch.float32, ()))
+# ------------------------------------------------------------------------ 4 parallel environments
+class Games:
+    """Some of a run's games, in a worker process or in the learner itself. They read their actions
+    from arrays [N, ...] that all processes share, and what they show lies there, too."""
+
+    def __init__(self, args: Args, arrays: dict[str, np.ndarray], indices: list[int]):
+        self.arrays = arrays
+        self.envs = {}
+        for i in indices:
+            seed = np.random.SeedSequence([args.seed, args.first_env + i]).generate_state(1)[0] >> 1
+            self.envs[i] = make_env(args)
+            self.arrays["obs"][i], _ = self.envs[i].reset(seed=int(seed))
+            self.arrays["done"][i] = True
+
+    def begin_rollout(self) -> None:
+        for env in self.envs.values():
+            forget_last_action(env)
+
+    def step(self, indices: list[int]) -> list[tuple]:
+        """Steps these games. Returns those that were over, as (i, return, length)."""
+        ended = []
+        for i in indices:
+            action = int(self.arrays["action"][i])
+            result = step_and_reset(self.envs[i], action)
+            obs, reward, terminated, truncated, final_obs, games = result
+            self.arrays["obs"][i] = obs
+            self.arrays["reward"][i] = reward
+            self.arrays["done"][i] = terminated or truncated
+            self.arrays["truncated"][i] = truncated and not terminated
+            if truncated:
+                self.arrays["final_obs"][i] = final_obs
+            for game_return, length in games:
+                ended.append((i, game_return, length))
+        return ended
+
+    def get_state(self) -> dict[int, dict]:
+        return {i: get_env_state(env) for i, env in self.envs.items()}
+
+    def set_state(self, states: dict[int, dict]) -> None:
+        for i, env in self.envs.items():
+            set_env_state(env, states[i])
 
 
-def allocate(args: Args, env: gym.Env, actor: nn.Module | None = None) -> Tensors:
-    """Each field of a rollout, [T + 1, N, ...]; row T becomes the next row 0. In shared memory, for workers."""
-    size, fields = (args.num_steps + 1, args.local_envs), rollout_fields(args, env)
-    need = sum(math.prod((*size, *shape)) * dtype.itemsize for dtype, shape in fields.values())
-    need += sum(tensor.nbytes for tensor in actor.state_dict().values()) if actor else 0  # shared as well
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    shared = shutil.disk_usage("/dev/shm").free if args.workers and os.path.exists("/dev/shm") else math.inf
-    kind, room, mend = "memory", physical, "lower --num-envs or --num-steps"
-    if shared < physical:
-        kind, room = "shared memory", shared
-        mend = f"enlarge /dev/shm (docker run --shm-size), give --num-workers 0, or {mend}"
-    if need + 2**20 > room:  # the system would kill the process without a word
-        raise RunError(f"a rollout needs {need >> 20:,} MB of {kind}, and there are {room >> 20:,} MB: {mend}")
-    storage = {name: torch.zeros((*size, *shape), dtype=dtype) for name, (dtype, shape) in fields.items()}
-    return {name: tensor.share_memory_() if args.workers else tensor for name, tensor in storage.items()}
+def shared_arrays(buffers: dict, layout: dict) -> dict[str, np.ndarray]:
+    """NumPy arrays in shared memory. layout: the shape and the type of each."""
+    arrays = {}
+    for name, (shape, dtype) in layout.items():
+        arrays[name] = np.frombuffer(buffers[name], dtype).reshape(shape)
+    return arrays
 
 
-def act(agent: Agent, obs: Tensor, uniform: Tensor, batch: int) -> Tensors:
-    """The agent's outputs for any number of observations, in batches of one size, 1 or 4n: however many workers share
-    the environments. Matrix kernels differ in the last bit between sizes and, in others than these, between rows."""
-    batch, parts = 1 if batch == 1 else math.ceil(batch / 4) * 4, []
-    for o, u in zip(obs.split(batch), uniform.split(batch)):
-        if len(o) < batch:
-            o, u = (torch.cat([x, x[:1].expand(batch - len(x), *x.shape[1:])]) for x in (o, u))
-        parts.append(agent.get_action_and_value(o, uniform=u))
-    return {name: torch.cat([part[name] for part in parts])[: len(obs)] for name in parts[0]}
+def exit_with_learner() -> None:
+    """A worker cannot see by its pipe that the learner was killed: it holds the other end, too."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-@torch.inference_mode()
-def rollout(agent: Agent, envs: gym.vector.VectorEnv, storage: Tensors, generators: list, args: Args) -> tuple:
-    """Plays and stores one rollout of envs, which must have SAME_STEP autoreset; generators[i], NumPy's, draws for the
-    i-th. Returns the games that ended, as (step of the rollout, i, return, length), and the seconds by kind of work."""
-    num_steps, games, filled = args.num_steps, [], {("obs", 0), ("done", 0)}
-    seconds = {"environment": 0.0, "inference": 0.0}
-    uniform = torch.from_numpy(np.stack([g.random(num_steps, np.float32) for g in generators], axis=1))
-
-    def store(t: int, **values: Tensor) -> None:
-        """Keeps, as step t of the rollout, those of the values [N, ...] that rollout_fields names."""
-        for name in values.keys() & storage.keys():
-            storage[name][t] = values[name]
-            filled.add((name, t))
-
-    for env in envs.envs:
-        forget_last_action(env)
-    for field in storage.values():
-        field[0] = field[num_steps]
-    for t in range(num_steps):
-        started = time.perf_counter()
-        outputs = act(agent, storage["obs"][t], uniform[t], args.inference_batch)
-        inferred = time.perf_counter()
-        next_obs, reward, terminated, truncated, infos = envs.step(outputs["action"].numpy())
-        next_obs, reward = torch.from_numpy(next_obs), torch.from_numpy(reward).float()
-        for i in np.flatnonzero(truncated & ~terminated):  # the time limit is not the game's end: bootstrap
-            final_obs = torch.from_numpy(infos["final_obs"][i])[None]
-            reward[i] += args.gamma * act(agent, final_obs, uniform[t, :1], args.inference_batch)["value"][0]
-        store(t, reward=reward, **outputs)
-        store(t + 1, obs=next_obs, done=torch.from_numpy(terminated | truncated))
-        for info in (infos.get("final_info", {}), infos):  # a game can also end within a reset: see step_in_reset
-            for i in np.flatnonzero(info.get("_episode", ())):
-                games.append((t, int(i), float(info["episode"]["r"][i]), int(info["episode"]["l"][i])))
-        seconds["inference"] += inferred - started
-        seconds["environment"] += time.perf_counter() - inferred
-    store(num_steps, **act(agent, storage["obs"][num_steps], uniform[0], args.inference_batch))
-    for name, t in itertools.product(storage, range(num_steps)):
-        if (name, t) not in filled:
-            raise RunError(f"rollout_fields names {name!r}: no output of the agent and no store() fills its step {t}")
-    return games, seconds
+def worker_main(
+    connection: Any, args: Args, buffers: dict, layout: dict, indices: list[int]
+) -> None:
+    """A worker process: calls the methods of its Games that it is sent, and answers with what they
+    return, for as long as the learner lives."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # a terminal sends them to all; the learner decides
+    threading.Thread(target=exit_with_learner, daemon=True).start()
+    if hasattr(os, "SCHED_BATCH"):  # a worker that wakes up shall not push the learner off its core
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    games = Games(args, shared_arrays(buffers, layout), indices)
+    connection.send("ready")
+    while True:
+        method, *arguments = connection.recv()
+        connection.send(getattr(games, method)(*arguments))
 
 
-def drawn() -> tuple:
-    """Torch's, NumPy's and Python's own generators of the CPU, to see whether something has drawn from one."""
-    return torch.get_rng_state().tolist(), pack(np.random.get_state()), random.getstate()
+class Worker:
+    """A worker process as the learner sees it."""
+
+    def __init__(self, index: int, process: Any, connection: Any, games: list[int]):
+        self.index = index
+        self.process = process
+        self.connection = connection
+        self.games = games
+        self.groups_asked = deque()  # the groups whose steps it has not answered yet
+
+    def send(self, *message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except OSError:
+            self.fail()
+
+    def recv(self) -> Any:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.fail()
+
+    def fail(self) -> None:
+        self.process.join()
+        code = self.process.exitcode
+        raise WorkerError(f"worker {self.index} ended with exit code {code}")
 
 
-class Collector:
-    """Environments low to high - 1 of a process and what acts in them; lives in a worker or in the learner itself."""
+class ParallelEnvs:
+    """[core 1] The games of this process in groups that take turns: while the policy thinks about
+    one group, worker processes play the others (alternating sampling: Stooke and Abbeel, 2019).
 
-    def __init__(self, args: Args, agent: Agent, storage: Tensors, low: int, high: int):
-        self.args, self.agent, self.first = args, agent, args.rank * args.local_envs + low
-        self.storage = {name: tensor[:, low:high] for name, tensor in storage.items()}
-        seeds = [[args.seed, self.first + i] for i in range(high - low)]  # numbered over all processes
-        self.generators = [np.random.default_rng(seed) for seed in seeds]
-        self.envs = gym.vector.SyncVectorEnv([lambda: make_env(args)] * len(seeds), False, autoreset_mode="SameStep")
-        game_seeds = [int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1) for seed in seeds]
-        self.storage["obs"][-1] = torch.from_numpy(self.envs.reset(seed=game_seeds)[0])
-        self.storage["done"][-1] = 1
+    Groups decide what the policy sees at once; how many workers play changes no number. What the
+    games show now: obs [N, *obs_shape], reward [N], done [N] (obs begins an episode), truncated [N]
+    (the episode before was cut by a time limit) and, of those, final_obs [N, *obs_shape].
 
-    def rollout(self) -> tuple[list, dict]:
-        threads, before = torch.get_num_threads(), drawn()
-        torch.set_num_threads(1)  # a small batch gains nothing from threads, and results must not depend on them
-        games, seconds = rollout(self.agent, self.envs, self.storage, self.generators, self.args)
-        torch.set_num_threads(threads)
-        if drawn() != before:  # each worker has its own, which no checkpoint holds
-            mend = "use `uniform`, a buffer of the agent filled once an iteration, or self.np_random in a wrapper"
-            raise RunError(f"torch's, NumPy's or Python's own generator was drawn from while acting: {mend}")
-        return [(t, self.first + i, *score) for t, i, *score in games], seconds
+    Without workers, the learner plays all games. Beside a single worker it plays a quarter of each
+    group, one game whenever it would otherwise wait, since two cores are then equally busy."""
 
-    def get_state(self) -> list[dict[str, Any]]:
-        return list(map(get_env_state, self.envs.envs, self.generators))
+    def __init__(self, args: Args, observation_space: gym.Space):
+        num_games = args.local_envs
+        num_groups = args.num_groups // args.world_size
+        self.first_env = args.first_env
+        self.fixed_order = not args.use_gpu
+        obs_layout = ((num_games, *observation_space.shape), observation_space.dtype)
+        layout = {
+            "obs": obs_layout,
+            "final_obs": obs_layout,
+            "action": ((num_games,), np.dtype(np.int64)),
+            "reward": ((num_games,), np.dtype(np.float32)),
+            "done": ((num_games,), np.dtype(np.float32)),
+            "truncated": ((num_games,), np.dtype(np.bool_)),
+        }
+        context = multiprocessing.get_context(START_METHOD)
+        buffers = {}
+        for name, (shape, dtype) in layout.items():
+            buffers[name] = context.RawArray("b", math.prod(shape) * dtype.itemsize)
+        arrays = shared_arrays(buffers, layout)
+        self.obs = torch.from_numpy(arrays["obs"])
+        self.final_obs = torch.from_numpy(arrays["final_obs"])
+        self.actions = torch.from_numpy(arrays["action"])
+        self.reward = torch.from_numpy(arrays["reward"])
+        self.done = torch.from_numpy(arrays["done"])
+        self.truncated = torch.from_numpy(arrays["truncated"])
 
-    def set_state(self, states: list[dict[str, Any]]) -> None:
-        for env, state, generator in zip(self.envs.envs, states, self.generators):
-            set_env_state(env, state, generator)
+        self.groups = []
+        own = []  # the games that the learner plays
+        for part in np.array_split(range(num_games), num_groups):
+            group = range(int(part[0]), int(part[-1]) + 1)
+            self.groups.append(slice(group.start, group.stop))
+            if args.workers == 0:
+                own += group
+            elif args.workers == 1:
+                own += group[: len(group) // 4]
+        others = [i for i in range(num_games) if i not in own]
 
+        self.own_games = None
+        self.own_due = deque()  # (group, game) that the learner still has to step
+        self.playing = [0] * num_groups  # answers and own games that are due, for each group
+        self.turn = [0] * num_groups
+        self.ended = []  # (t, i, return, length)
+        self.workers = []
+        try:
+            for k in range(args.workers):
+                share = np.array_split(others, args.workers)[k].tolist()
+                connection, worker_connection = context.Pipe()
+                target_args = (worker_connection, args, buffers, layout, share)
+                process = context.Process(target=worker_main, args=target_args, daemon=True)
+                self.workers.append(Worker(k, process, connection, share))
+                process.start()
+                worker_connection.close()  # so that recv() notices the end of the worker
+            if own:
+                self.own_games = Games(args, arrays, own)
+            for worker in self.workers:
+                worker.recv()  # it has begun its games
+        except BaseException:
+            self.close()
+            raise
 
-def worker_main(pipe: connection.Connection, *collector_args: Any) -> None:
-    """A worker process: makes its Collector, then answers calls of its methods, for as long as the learner lives."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)  # the learner decides when to stop
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    try:
-        torch.set_num_threads(1)
-        collector = Collector(*collector_args)
+    def turns(self, num_steps: int) -> Iterator[tuple[int, slice]]:
+        """One rollout: (t, group) for t = 0 ... num_steps, as soon as the group shows observation
+        t. Whoever iterates calls step(group, actions) at each turn but the group's last.
+
+        On a CPU the groups come in fixed order, so that what the loop draws or averages is the same
+        in every run. On a GPU they come as they get ready: there are more of them, and one game
+        that is reset would hold up all others."""
+        self.call("begin_rollout")
+        self.turn = [-1] * len(self.groups)
+        queue = list(range(len(self.groups)))
+        while queue:
+            candidates = queue[:1] if self.fixed_order else queue
+            g = self.wait_for_one(candidates)
+            self.turn[g] += 1
+            queue.remove(g)
+            if self.turn[g] < num_steps:
+                queue.append(g)
+            yield self.turn[g], self.groups[g]
+
+    def step(self, group: slice, actions: Tensor) -> None:
+        """Asks for a step of the group's games with these actions [games of the group]."""
+        self.actions[group] = actions
+        g = self.groups.index(group)
+        for worker in self.workers:
+            share = [i for i in worker.games if group.start <= i < group.stop]
+            if share:
+                worker.send("step", share)
+                worker.groups_asked.append(g)
+                self.playing[g] += 1
+        if self.own_games is not None:
+            for i in self.own_games.envs:
+                if group.start <= i < group.stop:
+                    self.own_due.append((g, i))
+                    self.playing[g] += 1
+
+    def wait_for_one(self, candidates: list[int]) -> int:
+        """The first of these groups whose games have all made their step. While none has, it takes
+        the workers' answers, and steps a game of its own if there are none."""
         while True:
-            method, call_args = pipe.recv()
-            pipe.send((getattr(collector, method)(*call_args), None))
-    except Exception as error:
-        pipe.send((None, error if isinstance(error, RunError) else RunError(f"in a worker: {traceback.format_exc()}")))
+            for g in candidates:
+                if self.playing[g] == 0:
+                    return g
+            timeout = 0 if self.own_due else None
+            connections = [worker.connection for worker in self.workers]
+            ready = multiprocessing.connection.wait(connections, timeout)
+            for worker in self.workers:
+                if worker.connection in ready:
+                    ended = worker.recv()
+                    self.note_step(worker.groups_asked.popleft(), ended)
+            if not ready:
+                g, i = self.own_due.popleft()
+                self.note_step(g, self.own_games.step([i]))
+
+    def note_step(self, g: int, ended: list[tuple]) -> None:
+        """Notes that one part of a group has made its step, and the games that were over."""
+        self.playing[g] -= 1
+        for i, game_return, length in ended:
+            self.ended.append((self.turn[g], self.first_env + i, game_return, length))
+
+    def take_ended(self) -> list[tuple]:
+        """The games that were over since the last call, as (t, i, return, length), in this order
+        and not in that of their ends, which is a matter of luck. i counts over all processes."""
+        ended = sorted(self.ended)
+        self.ended = []
+        return ended
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a method of the Games in every process, with these arguments."""
+        for worker in self.workers:
+            worker.send(method, *arguments)
+        results = []
+        if self.own_games is not None:
+            results.append(getattr(self.own_games, method)(*arguments))
+        for worker in self.workers:
+            results.append(worker.recv())
+        return results
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {}
+        for part in self.call("get_state"):
+            states |= part
+        return {"obs": self.obs, "done": self.done, "games": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.obs.copy_(state["obs"])
+        self.done.copy_(state["done"])
+        self.call("set_state", state["games"])
+
+    def close(self) -> None:
+        for worker in self.workers:
+            if worker.process.pid is not None:  # it has been started
+                worker.process.kill()
+                worker.process.join()
+            worker.connection.close()
 
 
-class Workers:
-    """[core 1] The Collectors of a run, in processes that share storage and weights, or in this one: --num-workers 0"""
-
-    def __init__(self, args: Args, agent: Agent, storage: Tensors):
-        bounds = np.linspace(0, args.local_envs, max(1, args.workers) + 1).astype(int).tolist()
-        self.shares, self.processes, self.pipes = list(itertools.pairwise(bounds)), [], []
-        # However this process ends: they ignore the signal with which multiprocessing would end them at its exit.
-        self.close = weakref.finalize(self, lambda them: [(p.kill(), p.join()) for p in them if p.pid], self.processes)
-        self.local = None if args.workers else Collector(args, agent, storage, *self.shares[0])
-        torch._dynamo  # noqa: B018  the optimizer imports it: now, forked workers share its memory, 75 MB
-        context = torch.multiprocessing.get_context(args.start_method)
-        for share in self.shares if args.workers else ():
-            pipe, their_pipe = context.Pipe()
-            collector_args = (their_pipe, args, agent.share_memory(), storage, *share)
-            self.processes.append(context.Process(target=worker_main, args=collector_args, daemon=True))
-            self.pipes.append(pipe)
-            self.processes[-1].start()
-            their_pipe.close()  # so that recv() notices the end of a worker, after its last words
-        self.state_dict()  # waits until each has begun its games, and tells why one could not
-
-    def call(self, method: str, *lists: list) -> list[Any]:
-        """Calls a method of all Collectors, each with its part of the lists. Raises its error; RunError if one died."""
-        if self.local:
-            return [getattr(self.local, method)(*(values[0] for values in lists))]
-        for pipe, *values in zip(self.pipes, *lists):
-            with suppress(BrokenPipeError, ConnectionResetError):  # who has died is found out below
-                pipe.send((method, values))
-        answers = []
-        for i, (pipe, process) in enumerate(zip(self.pipes, self.processes)):
-            try:
-                answer, error = pipe.recv()
-            except (EOFError, ConnectionResetError):
-                process.join()
-                error = RunError(f"rollout worker {i} ended with exit code {process.exitcode}")
-            if error:
-                raise error
-            answers.append(answer)
-        return answers
-
-    def rollout(self) -> tuple[list, dict[str, float]]:
-        """One rollout in all environments: the games that ended, and the mean seconds by kind of work."""
-        games, seconds = zip(*self.call("rollout"))
-        return sum(games, []), {work: float(np.mean([share[work] for share in seconds])) for work in seconds[0]}
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        return sum(self.call("get_state"), [])
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        self.call("set_state", [[states[i] for i in range(*share)] for share in self.shares])
+# ------------------------------------------------------------------------------------------ 5 PPO
+def draw_uniform(generators: list[np.random.Generator], num_steps: int) -> Tensor:
+    """Random numbers in [0, 1) for the actions of a rollout, [T + 1, N]; each game has a generator.
+    Row T is row 0 again: of what comes after the last step, only the value counts."""
+    numbers = [generator.random(num_steps, np.float32) for generator in generators]
+    uniform = torch.from_numpy(np.stack(numbers, axis=1))
+    return torch.cat([uniform, uniform[:1]])
 
 
-# ----------------------------------------------------------------------------------------------------------- 5 PPO
-def compute_gae(rewards: Tensor, values: Tensor, dones: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, ...]:
-    """[core 5] Generalized advantage estimation (Schulman et al., 2016): advantages and returns, both [T, N]. rewards
-    are [T, N], values and dones [T + 1, N]; dones[t] is 1 where observation t starts a new episode."""
-    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(values[0])
+def compute_gae(
+    rewards: Tensor, values: Tensor, dones: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """[core 5] Generalized advantage estimation (Schulman et al., 2016): advantages and returns,
+    both [T, N]. rewards are [T, N], values and dones [T + 1, N]; dones[t] is 1 where observation t
+    starts a new episode."""
+    goes_on = 1 - dones[1:]
+    deltas = rewards + gamma * values[1:] * goes_on - values[:-1]
+    decays = gamma * gae_lambda * goes_on
+    advantages = torch.empty_like(rewards)
+    # NumPy's arrays, of the same memory: its small operations take a tenth of the time of torch's.
+    numpy_advantages = advantages.numpy()
+    numpy_deltas = deltas.numpy()
+    numpy_decays = decays.numpy()
+    advantage = np.zeros_like(numpy_deltas[0])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * values[t + 1] * (1 - dones[t + 1]) - values[t]
-        advantages[t] = advantage = delta + gamma * gae_lambda * (1 - dones[t + 1]) * advantage
+        advantage = numpy_deltas[t] + numpy_decays[t] * advantage
+        numpy_advantages[t] = advantage
     return advantages, advantages + values[:-1]
 
 
 def all_mean(tensor: Tensor) -> Tensor:
-    """The mean over all processes, in place; the tensor itself where there is only one."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor
+    """The mean over all processes."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def normalize(advantage: Tensor) -> Tensor:
-    """[core 7] Zero mean and unit standard deviation over the minibatch, of which each process has a share."""
+    """[core 7] Zero mean and unit standard deviation over the minibatch, of which each process has
+    a share."""
     if not dist.is_initialized():
         return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     centered = advantage - all_mean(advantage.mean())
     size = len(advantage) * dist.get_world_size()
-    return centered / ((all_mean(centered.square().mean()) * size / (size - 1)).sqrt() + 1e-8)
+    variance = all_mean(centered.square().mean()) * size / (size - 1)
+    return centered / (variance.sqrt() + 1e-8)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """[core 12] 1 - Var[returns - values] / Var[returns], over all processes; nan where the returns do not vary."""
-    errors, returns = (x - all_mean(x.mean()) for x in ((returns - values).double(), returns.double()))
-    variance = all_mean(returns.square().mean()).item()
-    return 1 - all_mean(errors.square().mean()).item() / variance if variance > 0 else math.nan
+    """[core 12] 1 - Var[returns - values] / Var[returns], over all processes; nan where the returns
+    do not vary."""
+    errors = (returns - values).double()
+    returns = returns.double()
+    centered_errors = errors - all_mean(errors.mean())
+    centered_returns = returns - all_mean(returns.mean())
+    variance = all_mean(centered_returns.square().mean()).item()
+    if variance == 0:
+        return math.nan
+    return 1 - all_mean(centered_errors.square().mean()).item() / variance
 
 
-def ppo_loss(new: Tensors, old: Tensors, args: Args, knobs: Tensors) -> tuple[Tensor, Tensors]:
-    """The loss of one minibatch (Schulman et al., 2017), and what to log of it: any 0-dimensional tensors by name. new:
-    the agent's outputs for it, [B] each; old: the same rows of the rollout's fields, of advantage and of return_."""
+def make_optimizer(args: Args, agent: nn.Module) -> torch.optim.Optimizer:
+    """[core 3] Adam with epsilon 1e-5. Groups of parameters with a learning rate of their own keep
+    its proportion to the schedule's."""
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    for group in optimizer.param_groups:
+        group["lr_scale"] = group["lr"] / args.learning_rate
+    return optimizer
+
+
+def make_schedule(args: Args, device: torch.device) -> Tensors:
+    """Every number that changes during training, as a 0-dimensional tensor: logged as
+    charts/<name> and checkpointed. Fill it in place, in anneal() or in the loop: a CUDA graph sees
+    only that."""
+    numbers = {"learning_rate": args.learning_rate, "ent_coef": args.ent_coef}
+    return {name: torch.tensor(number, device=device) for name, number in numbers.items()}
+
+
+def anneal(schedule: Tensors, args: Args, iteration: int) -> None:
+    """[core 4] Linear from the first iteration, 1, to 0 or to the final value in the iteration
+    after the last."""
+    left = 1 - (iteration - 1) / args.num_iterations
+    if args.anneal_lr:
+        schedule["learning_rate"].fill_(args.learning_rate * left)
+    if args.ent_coef_final is not None:
+        difference = args.ent_coef - args.ent_coef_final
+        schedule["ent_coef"].fill_(args.ent_coef_final + difference * left)
+
+
+def take(batch: Tensors, rows: Tensor) -> Tensors:
+    """These rows of every tensor of a batch."""
+    minibatch = {}
+    for name, tensor in batch.items():
+        if tensor.dim() == 4:  # images, channels-last: copying whole rows is 20 times as fast
+            images = tensor.permute(0, 2, 3, 1).index_select(0, rows)
+            minibatch[name] = images.permute(0, 3, 1, 2)
+        else:
+            minibatch[name] = tensor[rows]
+    return minibatch
+
+
+def ppo_loss(new: Tensors, old: Tensors, args: Args, schedule: Tensors) -> tuple[Tensor, Tensors]:
+    """The loss of one minibatch (Schulman et al., 2017), and what to log of it: any 0-dimensional
+    tensors by name. new: the agent's outputs for it, [B] each; old: the same rows of what the
+    rollout stored, of advantage and of return_."""
     advantage = normalize(old["advantage"]) if args.norm_adv else old["advantage"]
     log_ratio = new["log_prob"] - old["log_prob"]
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()  # [core 8]
 
-    value, squared_error = new["value"], (new["value"] - old["return_"]).square()
+    value = new["value"]
+    squared_error = (value - old["return_"]).square()
     if args.clip_vloss:  # [core 9]
         clipped_value = old["value"] + (value - old["value"]).clamp(-args.clip_coef, args.clip_coef)
         squared_error = torch.max(squared_error, (clipped_value - old["return_"]).square())
     value_loss = 0.5 * squared_error.mean()
 
     entropy = new["entropy"].mean()
-    loss = policy_loss - knobs["ent_coef"] * entropy + args.vf_coef * value_loss  # [core 10]
-    stats = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    loss = policy_loss - schedule["ent_coef"] * entropy + args.vf_coef * value_loss  # [core 10]
     # [core 12] Both estimators of the KL divergence: Schulman, "Approximating KL Divergence" (2020)
-    stats |= {"old_approx_kl": (-log_ratio).mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
-    stats |= {"clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
+    stats = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "old_approx_kl": (-log_ratio).mean(),
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+    }
     return loss, stats
 
 
-def make_knobs(args: Args, device: torch.device) -> Tensors:
-    """Every number that changes during training, as a 0-dimensional tensor: logged as charts/<name> and checkpointed.
-    Change it in place, `knobs[name].fill_(...)`, in anneal() or in the loop: a CUDA graph sees only that."""
-    numbers = {"learning_rate": args.learning_rate, "ent_coef": args.ent_coef}
-    return {name: torch.tensor(float(number), device=device) for name, number in numbers.items()}
+def mean_stats(stats: list[Tensors]) -> dict[str, float]:
+    """The mean of each number over the minibatches and over all processes."""
+    means = {}
+    for name in stats[0]:
+        means[name] = all_mean(torch.stack([one[name] for one in stats]).mean()).item()
+    return means
 
 
-def anneal(knobs: Tensors, args: Args, iteration: int) -> None:
-    """[core 4] Linear from the first iteration, 1, to 0 or the final value in the iteration after the last."""
-    left = 1 - (iteration - 1) / args.num_iterations
-    if args.anneal_lr:
-        knobs["learning_rate"].fill_(args.learning_rate * left)
-    if args.ent_coef_final is not None:
-        knobs["ent_coef"].fill_(args.ent_coef_final + (args.ent_coef - args.ent_coef_final) * left)
+def average_gradients(agent: nn.Module) -> None:
+    """The mean over all processes, in one message. Frozen parameters have no gradient."""
+    gradients = []
+    for parameter in agent.parameters():
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
+    mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, part in zip(gradients, mean.split(sizes)):
+        gradient.copy_(part.view_as(gradient))
 
 
-def take(batch: Tensors, rows: Tensor) -> Tensors:
-    """These rows of every tensor of a batch. Of images, which lie channels-last, index_select gathers whole rows."""
-    images = {name: tensor.permute(0, 2, 3, 1) for name, tensor in batch.items() if tensor.dim() == 4}
-    taken = {name: tensor[rows] for name, tensor in batch.items() if name not in images}
-    return taken | {name: image.index_select(0, rows).permute(0, 3, 1, 2) for name, image in images.items()}
-
-
-def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Tensors, args: Args, knobs: Tensors, rows: Tensor):
-    """One gradient step on the minibatch that these rows of the batch form. Returns what to log of it, as Tensors."""
-    old = take(batch, rows)
-    loss, stats = ppo_loss(agent.get_action_and_value(old["obs"], old["action"]), old, args, knobs)
+def update(
+    agent: Agent,
+    optimizer: torch.optim.Optimizer,
+    args: Args,
+    schedule: Tensors,
+    **minibatch: Tensor,
+) -> Tensors:
+    """One gradient step on a minibatch. Returns what to log of it, 0-dimensional float32."""
+    new = agent.get_action_and_value(minibatch["obs"], minibatch["action"])
+    loss, stats = ppo_loss(new, minibatch, args, schedule)
     optimizer.zero_grad()
     loss.backward()
-    if args.world_size > 1:  # one message for all; frozen parameters have no gradient
-        gradients = [parameter.grad for parameter in agent.parameters() if parameter.grad is not None]
-        mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))
+    if args.world_size > 1:
+        average_gradients(agent)
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [core 11]
     for group in optimizer.param_groups:
-        group["lr"].copy_(knobs["learning_rate"] * group["lr_scale"])
+        group["lr"] = schedule["learning_rate"] * group["lr_scale"]
+        # Adam asks for this where a CUDA graph is captured, and warns about it where none is.
+        group["capturable"] = loss.is_cuda and torch.cuda.is_current_stream_capturing()
     optimizer.step()
-    return {name: stat.detach().float() for name, stat in stats.items()} | {"grad_norm": grad_norm}
+    stats["grad_norm"] = grad_norm
+    return {name: stat.detach().float() for name, stat in stats.items()}
 
 
-def cuda_graph(step: Callable, rows: Tensor, agent: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
-    """The update `step` as a CUDA graph: one launch in place of hundreds. Plain numbers (args.clip_coef, say) and every
-    `if` are frozen here: what changes must be a knob. RunError if the CPU draws in it: that would be frozen, too. If
-    there can be no graph, says why and returns `step`."""
-    before = copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"], torch.cuda.get_rng_state(), drawn()))
+class CudaGraph:
+    """Calls a function on a GPU as a CUDA graph: one launch in place of hundreds.
 
-    def replay(new_rows: Tensor) -> Tensors:
-        mine.copy_(new_rows)
-        graph.replay()
-        return dict(zip(names, stats.clone()))
+    The function takes tensors by name and returns a dictionary of tensors; the copies that a call
+    returns lie on the CPU. The first three calls run as they are, since kernels are chosen and
+    memory is allocated in them. The fourth is captured: from then on, the same kernels run with new
+    inputs. Plain numbers and every `if` are as they were then; what changes must be an input, or a
+    tensor that is filled in place."""
 
-    try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), warnings.catch_warnings(action="ignore"):  # of steps outside of a graph
-            for _ in range(3):  # the first calls choose kernels and allocate, which no graph may
-                names = list(step(rows))
-        if drawn() != before[3]:
-            raise RunError("the CPU draws random numbers in update(): draw on the GPU, or give --no-cuda-graph")
-        torch.cuda.current_stream().wait_stream(stream)
-        optimizer.zero_grad()
-        graph, mine = torch.cuda.CUDAGraph(), rows.clone()
-        with torch.cuda.graph(graph):
-            stats = torch.stack(list(step(mine).values()))
-        replay(rows)
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        say(f"ppo_atari.py: going on without a CUDA graph: {str(error).splitlines()[0]}", sys.stderr)
-        replay = step
-        for group in optimizer.param_groups:
-            group["capturable"] = False
-    agent.load_state_dict(before[0])  # in place, as all this: the graph knows these tensors by their addresses
-    for index, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
-        for name, tensor in optimizer.state.get(parameter, {}).items():
-            tensor.copy_(before[1][index][name]) if index in before[1] else tensor.zero_()
-    torch.cuda.set_rng_state(before[2])
-    return replay
+    def __init__(self, function: Callable[..., Tensors]):
+        self.function = function
+        self.num_calls = 0
+        self.stream = torch.cuda.Stream()
+        self.graph = None
+        self.can_capture = True
 
+    def __call__(self, **inputs: Tensor) -> Tensors:
+        if self.num_calls < 3:
+            self.num_calls += 1
+            outputs = self.call_on_side_stream(inputs)  # as capturing asks for
+        else:
+            if self.graph is None and self.can_capture:
+                self.capture(inputs)
+            if self.graph is None:
+                outputs = self.function(**inputs)
+            else:
+                for name, tensor in inputs.items():
+                    self.inputs[name].copy_(tensor, non_blocking=True)
+                self.graph.replay()
+                outputs = self.outputs
+        copies = {name: x.detach().to("cpu", non_blocking=True) for name, x in outputs.items()}
+        torch.cuda.synchronize()  # one wait for all of them
+        return copies
 
-class Learner:
-    """The agent on its device with all that trains it: optimizer, knobs, and the batch that a rollout becomes.
-    Parameters may be frozen. The optimizer's groups follow the knob learning_rate in proportion, not a scheduler."""
+    def call_on_side_stream(self, inputs: Tensors) -> Tensors:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(**inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
 
-    def __init__(self, args: Args, agent: Agent, device: torch.device, dtype: torch.dtype):
-        self.args, self.agent, self.device, self.on_gpu = args, agent.to(device), device, device.type == "cuda"
-        self.graphed = self.on_gpu and args.cuda_graph and args.world_size == 1
-        self.knobs = MappingProxyType(make_knobs(args, device))  # to be filled, not replaced
-        self.optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # [core 3]
-        self.settle(self.optimizer)
-        hook = partial(Learner.settle, weakref.proxy(self))  # no cycle: a graph ends with its learner, not in a fork
-        self.optimizer.register_load_state_dict_post_hook(hook)  # a checkpoint may be another machine's
-        agent.dtype, self.batch, self.step, self.fixed = dtype, {}, None, {}
-
-    def settle(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes each group's learning rate a tensor on the device, to be changed in place."""
-        for group in optimizer.param_groups:
-            group.setdefault("lr_scale", float(group["lr"]) / self.args.learning_rate)
-            group |= {"lr": torch.tensor(float(group["lr"]), device=self.device), "capturable": self.graphed}
-
-    def refuse_changes(self) -> None:
-        """RunError for what changes where neither a checkpoint nor a worker nor a CUDA graph would see it: a number or
-        a text in args or in a module of the agent, or a learning rate that a scheduler sets."""
-        owners = {"args": self.args, **dict(self.agent.named_modules(prefix="agent"))}
-        values = [(f"{owner}.{name}", x) for owner, part in owners.items() for name, x in vars(part).items()]
-        fixed = {name: repr(x) for name, x in values if isinstance(x, (int, float, str, type(None)))}
-        changed = [name for name, x in fixed.items() if self.fixed.get(name, x) != x]
-        changed += ["a scheduler's learning rate" for group in self.optimizer.param_groups if "initial_lr" in group]
-        if changed:
-            raise RunError(f"{changed[0]} changes during training, and no checkpoint holds it: see make_knobs()")
-        self.fixed = fixed
-
-    def fill(self, storage: Tensors, **computed: Tensor) -> None:
-        """Makes a rollout [T + 1, N, ...] and what was computed from it [T, N] the batch [T * N, ...], in place."""
-        self.refuse_changes()
-        for name, source in ({name: tensor[:-1] for name, tensor in storage.items()} | computed).items():
-            source = source.flatten(0, 1).to(self.device, non_blocking=True)
-            if name not in self.batch:
-                layout = torch.channels_last if source.dim() == 4 else torch.contiguous_format
-                self.batch[name] = torch.empty_like(source, memory_format=layout)
-            self.batch[name].copy_(source)  # a CUDA graph reads it there
-        if not self.on_gpu:
-            return
-        torch.cuda.manual_seed(int(torch.randint(2**31, ())))  # from the generator that a checkpoint holds
-        self.agent.eval()
-        with torch.no_grad():  # the actor rounds differently: its outputs anew, so that the ratio starts at exactly 1
-            for rows in torch.arange(len(source), device=self.device).split(1024):
-                old = take(self.batch, rows)
-                for name, new in self.agent.get_action_and_value(old["obs"], old["action"]).items():
-                    if name in old:
-                        self.batch[name][rows] = new
-        self.agent.train()
-
-    def update(self, rows: Tensor) -> Tensors:
-        if self.step is None:
-            self.step = partial(update, self.agent, self.optimizer, self.batch, self.args, self.knobs)
-            if self.graphed:
-                self.step = cuda_graph(self.step, rows, self.agent, self.optimizer)
-        return self.step(rows)
+    def capture(self, inputs: Tensors) -> None:
+        """Records the function's kernels. Nothing is computed yet."""
+        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.outputs = self.function(**self.inputs)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"{SCRIPT}: going on without a CUDA graph: {reason}", file=sys.stderr)
+            self.can_capture = False
+        else:
+            self.graph = graph
 
 
-# --------------------------------------------------------------------------------------------------- 6 run directory
+# -------------------------------------------------------------------------------- 6 run directory
 def write_file(path: Path, content: bytes | dict) -> None:
-    """Writes bytes, or a dictionary in torch's format: a whole file or, if it fails, the old one. Follows no link."""
-    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
-    if isinstance(content, dict):
-        torch.save(content, buffer)  # not to the file: there, a full disk would be a RuntimeError like any other
-    temporary.unlink(missing_ok=True)
+    """Writes bytes, or a dictionary in torch's format, to a temporary file that then takes the
+    place of the old one: whatever happens, one of the two is there, and whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # left by a kill; and no link is followed
     try:
         with open(temporary, "xb") as file:
-            file.write(content if isinstance(content, bytes) else buffer.getbuffer())
+            if isinstance(content, dict):
+                torch.save(content, file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1044,169 +1394,384 @@ def write_file(path: Path, content: bytes | dict) -> None:
 
 
 def load_file(path: Path, *keys: str) -> dict[str, Any]:
-    """A dictionary with these keys and finite "weights"; UsageError for anything else. No code of it is run: an agent
-    can do no harm. The emulators in a checkpoint are native code that believes it: resume only what is your own."""
-    with refusing(f"{path} is damaged or not of this script"), refusing(f"{path} does not exist", FileNotFoundError):
+    """A dictionary with these keys, or UserError. No code that the file holds is run."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
-        finite = all(tensor.isfinite().all() for tensor in content["weights"].values())
-        step = content.get("step", 0)
-        if damaged or not finite or not set(keys) <= content.keys() or type(step) is not int or not 0 <= step < 2**53:
-            raise ValueError("not finite, or not complete")
+    except Exception as error:  # of many types, for whatever bytes the file may hold
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged or not of this script: {reason}") from None
+    if damaged is not None or not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise UserError(f"{path} is damaged or not of this script")
     return content
 
 
-class Nothing:
-    """A RunDirectory that swallows every call: for ranks above 0, and to evaluate an agent that is not one's own."""
+class Film:
+    """A game as videos/<step>.webm (VP8, which browsers play) and as a GIF for TensorBoard's Images
+    tab. Frames are written as they come and end after five minutes; the GIF keeps at most 600 of
+    them, so that the dashboard stays quick. `sight` is one moment: what the agent saw, [k, L, L],
+    and the screen [H, W, 3]."""
 
-    kept, failing = "rank 0 says what is kept", ()
+    def __init__(self, fps: int):
+        self.fps = fps
+        self.folder = tempfile.TemporaryDirectory()
+        self.writer = None
+        self.num_frames = 0
+        self.gif_frames = []
+        self.gif_interval = 2
+        self.sight = None
 
-    def __getattr__(self, name: str) -> Callable:
-        return lambda *args: None
+    def add(self, obs: np.ndarray, screen: np.ndarray) -> None:
+        from PIL import Image
+
+        if self.num_frames >= 5 * 60 * self.fps:
+            return
+        if self.writer is None:
+            height, width, _ = screen.shape
+            path = f"{self.folder.name}/film.webm"
+            code = cv2.VideoWriter_fourcc(*"VP80")
+            self.writer = cv2.VideoWriter(path, code, self.fps, (2 * width, 2 * height))
+        blue_green_red = screen[..., ::-1]
+        self.writer.write(blue_green_red.repeat(2, axis=0).repeat(2, axis=1))
+        if self.num_frames % self.gif_interval == 0:
+            self.gif_frames.append(Image.fromarray(screen).quantize(32))
+        if len(self.gif_frames) > 600:
+            self.gif_frames = self.gif_frames[::2]
+            self.gif_interval *= 2
+        self.num_frames += 1
+        if self.num_frames <= 100:
+            self.sight = (obs, screen)
+
+    def webm(self) -> bytes:
+        self.writer.release()
+        return Path(self.folder.name, "film.webm").read_bytes()
+
+    def gif(self) -> bytes:
+        buffer = io.BytesIO()
+        first, *others = self.gif_frames
+        milliseconds = 1000 * self.gif_interval // self.fps
+        first.save(
+            buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0
+        )
+        return buffer.getvalue()
+
+
+class FilmEnv(gym.Wrapper):
+    """Films every step."""
+
+    def __init__(self, env: gym.Env, film: Film):
+        super().__init__(env)
+        self.film = film
+
+    def step(self, action: int) -> tuple:
+        result = self.env.step(action)
+        self.film.add(result[0], self.unwrapped.ale.getScreenRGB())
+        return result
 
 
 class RunDirectory:
-    """What a run writes, by one process at a time, else UsageError. If it cannot (a full disk), training goes on."""
+    """What a run writes: files, TensorBoard's events and its progress on the terminal. One process
+    at a time may write to a directory."""
 
-    def __init__(self, path: Path):
-        import torch.utils.tensorboard  # noqa: F401  here, because the workers do without it
+    def __init__(self, path: Path, purge_step: int | None = None):
+        """purge_step: TensorBoard drops what an interrupted run wrote from this step on."""
+        from torch.utils.tensorboard import SummaryWriter  # here, since workers do without it
 
-        self.path, self.failing, self.kept = path, set(), "there is no checkpoint yet"
-        self.writer, self.bar, self.purge_step = None, None, None
-        hook = threading.excepthook  # what TensorBoard's own thread cannot write, attempt() reports
-        threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
-        with refusing(f"cannot write to {path}", OSError):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"cannot write to {path}")
+        self.path = path
+        self.lock = None
+        self.bar = None
+        with suppress(ImportError):  # a system without locks goes without
+            import fcntl
+
             self.lock = os.open(path, os.O_RDONLY)
-        with suppress(ImportError, OSError), refusing(f"cannot write to {path}: another process does", BlockingIOError):
-            import fcntl  # a system or a disk without locks goes without
-
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self.lock)
+                raise UserError(f"cannot write to {path}: another process does") from None
+        self.writer = SummaryWriter(path, purge_step=purge_step)
 
     def close(self) -> None:
-        for part in filter(None, (self.bar, self.writer)):
-            with self.attempt("TensorBoard events"):
-                part.close()
-        os.close(self.lock)
-
-    def begin(self, args: Args, device: torch.device, dtype: torch.dtype, step: int, sight: tuple) -> None:
-        """Writes args.json, or raises UsageError, says what runs where, and describes a new run in its events."""
-        about = {"flags": args.flags, "versions": {m.__name__: m.__version__ for m in (ale_py, cv2, gym, np, torch)}}
-        about["hardware"] = {"device": str(device), "precision": str(dtype)[6:], "threads": torch.get_num_threads()}
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        with suppress(OSError):  # not every machine has git
-            about["git"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        with refusing(f"cannot write to {self.path}", OSError):
-            write_file(self.path / "args.json", json.dumps(about, indent=1).encode())
-        on = f"{device}, {str(dtype)[6:]}, {args.workers} rollout workers, {torch.get_num_threads()} threads"
-        say(f"run directory: {self.path}\n{on}")
-        if args.resume:  # TensorBoard drops what an interrupted run wrote after its checkpoint: no overlap, no gap
-            self.purge_step, self.kept = step + 1, f"the checkpoint of step {step:,} is kept"
-        tqdm.monitor_interval = 0  # no thread of its own: where memory is short, that fails with a line of its own
-        self.bar = tqdm(total=args.num_iterations * args.batch_size, initial=step, unit="steps", disable=None)  # no tty
-        self.begun, self.printed = (time.perf_counter(), step), time.perf_counter()
-        if not args.resume:
-            rows = "".join(f"|{name}|{value}|\n" for name, value in args.flags.items())
-            first = ("charts/episodic_return", "charts/SPS", "losses/explained_variance", "losses/approx_kl")
-            charts = {"PPO": {tag: ["Multiline", [tag]] for tag in first}}
-            tab = torch.utils.tensorboard.summary.hparams(args.flags, {first[0]: 0})  # add_hparams: in a sub-run
-            self.events(lambda writer: writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"))
-            self.events(lambda writer: [*map(writer.file_writer.add_summary, tab), writer.add_custom_scalars(charts)])
-            self.picture("observation", *sight, step)
-
-    @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """Around what writes. Its failure is told once, and once that it works again."""
-        failed, news = False, "can be written again"
-        try:
-            yield
-        except (OSError, cv2.error) as error:
-            failed, news = True, f"cannot be written: {error}; going on without"
-        if failed != (what in self.failing):
-            self.failing ^= {what}
-            say(f"ppo_atari.py: {what} {news}", sys.stderr)
+        if self.bar is not None:
+            self.bar.close()
+        self.writer.close()
+        if self.lock is not None:
+            os.close(self.lock)
 
     def write(self, name: str, content: bytes | dict) -> None:
-        with self.attempt(name):
-            write_file(self.path / name, content)
+        folder = (self.path / name).parent
+        folder.mkdir(exist_ok=not folder.is_symlink())  # no link is followed out of the run
+        write_file(self.path / name, content)
 
-    def events(self, add: Callable) -> None:
-        """Calls add(writer) with TensorBoard's writer, a new one after a failure, since it never recovers; flushes."""
-        with self.attempt("TensorBoard events"):
-            self.writer = self.writer or torch.utils.tensorboard.SummaryWriter(self.path, purge_step=self.purge_step)
-            add(self.writer)
-            self.writer.flush()
-            self.purge_step = None
-        for file in self.path.glob("events.out.tfevents.*") if "TensorBoard events" in self.failing else ():
-            self.writer = None
-            with suppress(OSError):
-                file.stat().st_size or file.unlink()  # every attempt leaves one
+    def describe(self, args: Args, device: torch.device, dtype: torch.dtype) -> None:
+        """args.json: the flags, which --resume reads, and what they ran on."""
+        modules = (ale_py, cv2, gym, np, torch)
+        precision = str(dtype).removeprefix("torch.")
+        about = {
+            "flags": args.flags,
+            "versions": {module.__name__: module.__version__ for module in modules},
+            "hardware": {
+                "device": str(device),
+                "precision": precision,
+                "threads": torch.get_num_threads(),
+            },
+        }
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        with suppress(OSError):  # not every machine has git
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            about["git"] = done.stdout.strip()
+        self.write("args.json", json.dumps(about, indent=1).encode())
+        print(f"run directory: {self.path}")
+        workers = f"{args.workers} workers, {args.num_groups} groups of games"
+        print(f"{device}, {precision}, {workers}, {torch.get_num_threads()} threads", flush=True)
 
-    def log(self, points: list[tuple[str, float, int]], recent: deque, step: int) -> None:
-        """The points (tag, value, step) of an iteration, as far as they are finite, and the progress, now at `step`."""
-        self.events(lambda writer: [writer.add_scalar(*point) for point in points if math.isfinite(point[1])])
-        status, now = f"return {np.mean(recent):.1f}" if recent else "no game over yet", time.perf_counter()
+    def begin_events(self, args: Args) -> None:
+        """The hyperparameters as text and in the HParams tab, and a tab of the main curves."""
+        from torch.utils.tensorboard.summary import hparams
+
+        rows = [f"|{name}|{value}|" for name, value in args.flags.items()]
+        table = "\n".join(["|flag|value|", "|-|-|", *rows])
+        self.writer.add_text("hyperparameters", table)
+        main_tags = [
+            "charts/episodic_return",
+            "charts/SPS",
+            "losses/explained_variance",
+            "losses/approx_kl",
+        ]
+        for summary in hparams(args.flags, {main_tags[0]: 0}):  # add_hparams would make a sub-run
+            self.writer.file_writer.add_summary(summary)
+        self.writer.add_custom_scalars({"PPO": {tag: ["Multiline", [tag]] for tag in main_tags}})
+
+    def begin_progress(self, total: int, step: int) -> None:
+        disable = True if sys.stderr is None else None  # None: only on a terminal is there a bar
+        self.bar = tqdm(total=total, initial=step, unit="steps", disable=disable)
+        self.first_step = step
+        self.started = time.perf_counter()
+        self.printed = self.started
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        """A point of each curve, of those that are finite."""
+        for tag, value in scalars.items():
+            if math.isfinite(value):
+                self.writer.add_scalar(tag, value, step)
+        self.writer.flush()
+
+    def log_games(self, games: list[tuple], args: Args, step: int) -> None:
+        """The games that were over in the rollout that began at this step: (t, i, return, length).
+        Each has a step of its own, since some trackers keep one value per step."""
+        for t, i, game_return, length in games:
+            ended_at = step + t * args.num_envs + i + 1
+            self.writer.add_scalar("charts/episodic_return", game_return, ended_at)
+            self.writer.add_scalar("charts/episodic_length", length, ended_at)
+
+    def show_progress(self, recent_returns: deque, step: int) -> None:
+        status = "no game over yet"
+        if recent_returns:
+            status = f"return {np.mean(recent_returns):.1f}"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
+        now = time.perf_counter()
         if self.bar.disable and now - self.printed >= 30:
-            self.printed, speed = now, (step - self.begun[1]) / (now - self.begun[0])
+            speed = (step - self.first_step) / (now - self.started)
             left = timedelta(seconds=round((self.bar.total - step) / speed))
-            say(f"step {step:,} of {self.bar.total:,}, {status}, {speed:,.0f} steps/s, {left} left")
+            progress = f"step {step:,} of {self.bar.total:,}, {status}"
+            print(f"{progress}, {speed:,.0f} steps/s, {left} left", flush=True)
+            self.printed = now
 
-    def picture(self, tag: str, obs: np.ndarray, screen: np.ndarray, step: int) -> None:
-        """What the agent sees, the stacked frames [k, L, L], to the right of the raw screen [H, W, 3]."""
-        if obs.dtype != np.uint8:  # all that OpenCV and TensorBoard can draw
-            obs = np.interp(obs.astype(float), (obs.min(), obs.max() + 1e-9), (0, 255)).astype(np.uint8)
-        size = (len(screen), len(screen))
-        frames = [cv2.cvtColor(cv2.resize(f, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB) for f in obs]
-        image = np.concatenate([screen, *frames], axis=1)
-        self.events(lambda writer: writer.add_image(tag, image, step, dataformats="HWC"))
-
-    def film(self, frames: list[np.ndarray], step: int, fps: int) -> None:
-        """RGB frames [H, W, 3] as videos/<step>.webm (VP8, which browsers play) and as a GIF in the Images tab."""
-        from PIL import Image
-
-        height, width, _ = frames[0].shape
-        folder, size, Summary = self.path / "videos", (2 * width, 2 * height), torch.utils.tensorboard.summary.Summary
-        with self.attempt("the video"), tempfile.TemporaryDirectory() as elsewhere:  # OpenCV is silent on a full disk
-            film = cv2.VideoWriter(f"{elsewhere}/film.webm", cv2.VideoWriter_fourcc(*"VP80"), fps, size)
-            for frame in frames:
-                film.write(frame[..., ::-1].repeat(2, 0).repeat(2, 1))  # BGR, twice as large
-            film.release()
-            folder.mkdir(exist_ok=not folder.is_symlink())
-            write_file(folder / f"{step}.webm", Path(elsewhere, "film.webm").read_bytes())
-        skip, gif = 2 * math.ceil(len(frames) / 1200), io.BytesIO()  # at most 600 images: the dashboard stays quick
-        images = [Image.fromarray(frame).quantize(32) for frame in frames[::skip]]
-        images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=1000 * skip // fps, loop=0)
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
-        summary = Summary(value=[Summary.Value(tag="eval/video", image=image)])
-        self.events(lambda writer: writer.file_writer.add_summary(summary, step))
-
-    def farewell(self, step: int, stopped: int) -> None:
-        """Says how a training ended, and how to go on if it was stopped."""
+    def say_how_to_go_on(self, step: int) -> None:
         path = shlex.quote(str(self.path))
-        if self.failing:
-            what = " and ".join(sorted(self.failing))
-            say(f"ppo_atari.py: {what} could not be written to the end; {self.kept}", sys.stderr)
-        elif stopped and step < self.bar.total:
-            say(f"stopped and saved at step {step:,}; to go on: python ppo_atari.py --resume {path}")
-        elif stopped:
-            say(f"the training is complete; its score: python ppo_atari.py --evaluate {path}")
+        if step < self.bar.total:
+            message = (
+                f"stopped and saved at step {step:,}; to go on: python {SCRIPT} --resume {path}"
+            )
+        else:
+            message = f"the training is complete; its score: python {SCRIPT} --evaluate {path}"
+        print(message, flush=True)
+
+    def add_picture(self, tag: str, obs: np.ndarray, screen: np.ndarray, step: int) -> None:
+        """What the agent sees, the stacked frames [k, L, L], beside the raw screen [H, W, 3]."""
+        if obs.dtype != np.uint8:  # all that OpenCV and TensorBoard can draw
+            limits = (obs.min(), obs.max() + 1e-9)
+            obs = np.interp(obs.astype(float), limits, (0, 255)).astype(np.uint8)
+        parts = [screen]
+        for frame in obs:
+            size = (len(screen), len(screen))
+            frame = cv2.resize(frame, size, interpolation=cv2.INTER_NEAREST)
+            parts.append(cv2.cvtColor(frame, cv2.COLOR_GRAY2RGB))
+        self.writer.add_image(tag, np.concatenate(parts, axis=1), step, dataformats="HWC")
+        self.writer.flush()
+
+    def add_film(self, film: Film, step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self.write(f"videos/{step}.webm", film.webm())
+        height, width, _ = film.sight[1].shape
+        image = Summary.Image(height=height, width=width, colorspace=3)
+        image.encoded_image_string = film.gif()
+        summary = Summary(value=[Summary.Value(tag="eval/video", image=image)])
+        self.writer.file_writer.add_summary(summary, step)
+        self.add_picture("eval/observation", *film.sight, step)
 
 
-# ------------------------------------------------------------------------------------------------------- 7 processes
+def make_run_directory(args: Args) -> Path:
+    """runs/<env-id>__<exp-name>__<seed>__<unix time>, a new one."""
+    second = int(time.time())
+    env_id = args.env_id.replace("/", "-")
+    while True:
+        path = Path(f"runs/{env_id}__{args.exp_name}__{args.seed}__{second}")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            if not path.is_dir():
+                raise UserError("cannot write to runs: it is not a directory") from None
+            second += 1  # another run began in the same second
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}") from None
+        else:
+            return path
+
+
+def start_tracking(args: Args, path: Path) -> None:
+    """--track: a Weights & Biases run that mirrors what TensorBoard gets."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--track needs Weights & Biases: pip install wandb") from None
+    wandb.init(
+        project=args.wandb_project_name,
+        entity=args.wandb_entity,
+        name=args.wandb_name or path.name,
+        id=re.sub(r"[:;,#?']", "-", path.name),  # which it refuses
+        resume="allow",
+        config=args.flags,
+        sync_tensorboard=True,
+    )
+
+
+def open_run(args: Args, step: int) -> RunDirectory:
+    """The directory of --resume, or a new one; with --track, also the run that mirrors it."""
+    if args.resume is not None:
+        path = Path(args.resume)
+        purge_step = step + 1
+    else:
+        path = make_run_directory(args)
+        purge_step = None
+    if args.track:
+        start_tracking(args, path)
+    return RunDirectory(path, purge_step)
+
+
+# ----------------------------------------------------------------------------------- 7 checkpoint
+def gather(mine: Any) -> list[Any]:
+    """What each process contributes, in the order of ranks."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def save_checkpoint(run: RunDirectory | None, state: dict[str, Any], args: Args, step: int) -> None:
+    """Rank 0 writes agent.pt, to evaluate and to share, and checkpoint.pt, to go on with: the state
+    of each process. RuntimeError if the processes' weights have drifted apart."""
+    ranks = gather(pack(state))
+    for name, _ in state["weights"].named_parameters():
+        for other in ranks[1:]:
+            if not torch.equal(other["weights"][name], ranks[0]["weights"][name]):
+                raise RuntimeError(f"the processes' weights differ in {name}: see update()")
+    if run is not None:
+        agent = {"weights": ranks[0]["weights"], "flags": args.flags, "step": step}
+        run.write("agent.pt", agent)
+        run.write("checkpoint.pt", agent | ranks[0] | {"ranks": ranks[1:]})
+
+
+def load_checkpoint(path: Path, args: Args) -> dict[str, Any]:
+    """The checkpoint that save_checkpoint wrote. UserError if it is of another run than args."""
+    checkpoint = load_file(path, "flags", "step", "ranks", "iteration")
+    num_ranks = 1 + len(checkpoint["ranks"])
+    if num_ranks != args.world_size:
+        raise UserError(f"--resume: that run has {num_ranks} processes, not {args.world_size}")
+    for name, value in args.flags.items():
+        free = name in MAY_CHANGE or name == "total_timesteps"
+        if not free and checkpoint["flags"].get(name, value) != value:
+            raise UserError(f"{path} is not of the run in args.json: {name} differs")
+    return checkpoint
+
+
+def restore_state(state: dict[str, Any], checkpoint: dict[str, Any], rank: int) -> None:
+    """Puts what the checkpoint holds of this process back into its state."""
+    mine = [checkpoint, *checkpoint["ranks"]][rank]
+    different = (mine.keys() ^ state.keys()) - {"flags", "step", "ranks", "cuda"}
+    if different:
+        raise UserError(f"the checkpoint or `state` in train() lacks {sorted(different)}")
+    for name in state.keys() & mine.keys():
+        state[name] = unpack(mine[name], state[name])
+
+
+class Generator:
+    """A generator of random numbers of which there is one in a process, for `state`."""
+
+    def __init__(self, state_dict: Callable, load_state_dict: Callable):
+        self.state_dict = state_dict
+        self.load_state_dict = load_state_dict
+
+
+class StopRequest:
+    """Until it is left, Ctrl-C and SIGTERM ask for an end between two iterations, or between two
+    steps of an evaluation. A second Ctrl-C raises KeyboardInterrupt."""
+
+    def __init__(self, doing: str):
+        self.doing = doing
+        self.signum = 0
+        self.handlers = {}
+        self.pid = os.getpid()
+
+    def __enter__(self) -> "StopRequest":
+        for signum in STOP_SIGNALS:
+            self.handlers[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def handle(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self.pid:  # a worker that has just been forked
+            return
+        self.signum = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with suppress(OSError, RuntimeError):  # of a broken terminal; of a print within a print
+            print(f"\n{self.doing} (Ctrl-C again: stop at once)", file=sys.stderr, flush=True)
+
+    def agreed(self) -> bool:
+        """Whether any process got a signal. All stop after the same iteration, else they hang."""
+        self.signum = max(gather(self.signum))
+        return self.signum > 0
+
+
+# ------------------------------------------------------------------------------------- 8 programs
 def choose_device(args: Args) -> torch.device:
-    """This process' GPU, made to do what the flags say, or the CPU. UsageError if the GPU cannot be used."""
-    if not (args.cuda and torch.cuda.is_available()):
+    """This process' GPU, made to do what the flags say, or the CPU."""
+    if not args.use_gpu:
         return torch.device("cpu")
-    device = torch.device("cuda", args.local_rank % torch.cuda.device_count())  # some see their own GPU only
-    with refusing("the GPU cannot be used (--no-cuda does without)", RuntimeError):
+    index = args.local_rank % torch.cuda.device_count()  # some processes see their own GPU only
+    device = torch.device("cuda", index)
+    try:
         torch.cuda.set_device(device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the GPU cannot be used (--no-cuda does without): {reason}") from None
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
-        backend.fp32_precision = "ieee"  # TF32, cuDNN's default, would keep 10 of float32's 23 bits
+        backend.fp32_precision = "ieee"  # TF32, cuDNN's default, would keep 10 of 23 bits
     if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and determines nothing here
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it determines nothing here
     return device
 
 
@@ -1215,357 +1780,385 @@ def choose_dtype(args: Args, device: torch.device) -> torch.dtype:
     if args.precision != "auto":
         return getattr(torch, args.precision)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        has_bfloat16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def lock_pages(storage: Tensors, stack: ExitStack) -> None:
-    """Locks the storage into memory until the stack ends, as far as the system allows: so a GPU copies it by itself."""
-    cudart = torch.cuda.cudart()
-    for tensor in storage.values():
-        if int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0:
-            stack.callback(cudart.cudaHostUnregister, tensor.data_ptr())
+def join_processes(args: Args, device: torch.device) -> None:
+    """Makes torchrun's processes a group, which the caller destroys in the end."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # evaluations may be long
+    except ValueError as error:
+        raise UserError(f"several processes are started by torchrun: {error}") from None
+    gpu = None
+    if device.type == "cuda":
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+    gpus = gather(gpu)
+    if any(gpus) and (None in gpus or len(set(gpus)) < len(gpus)):
+        raise UserError("each process needs a GPU of its own: start fewer, or give --no-cuda")
 
 
-def gather(mine: Any) -> list[Any]:
-    """What each process contributes, in the order of ranks."""
-    everyone = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, mine)
-    return everyone
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The policy on one thread: for a few games more of them gain nothing, and results must not
+    depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def join_processes(args: Args, device: torch.device, stack: ExitStack) -> None:
-    """Makes torchrun's processes a group until the stack ends. After the optimizer: its imports would keep it alive."""
-    if args.world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with refusing("several processes are started by torchrun", ValueError):
-            dist.init_process_group(backend, timeout=timedelta(days=1))  # evaluations may be long
-        stack.callback(dist.destroy_process_group)
-        gpus = gather(str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
-        if any(gpus) and (None in gpus or len(set(gpus)) < len(gpus)):
-            refuse("each process needs a GPU of its own: start fewer, or give --no-cuda")
-
-
-class StopRequest(ExitStack):
-    """Until close(), Ctrl-C and SIGTERM ask for an end between two iterations or steps, a second Ctrl-C for one now."""
-
-    def __init__(self, doing: str):
-        super().__init__()
-        self.signum, self.doing, self.pid = 0, doing, os.getpid()
-        self.at_once = signal.getsignal(signal.SIGINT)
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self.callback(signal.signal, signum, signal.signal(signum, self.request))
-
-    def request(self, signum: int, frame: object) -> None:
-        if os.getpid() != self.pid:  # a worker that does not ignore it yet
-            return
-        signal.signal(signal.SIGINT, self.at_once)  # in the script, ends it: an exception is swallowed in a __del__
-        self.signum = signum
-        with suppress(OSError):
-            os.write(2, f"\n{self.doing} (Ctrl-C again: stop at once)\n".encode())
-
-    def agreed(self) -> int:
-        """The signal that any process has got, or 0. All stop after the same iteration: else they would hang."""
-        agreed = max(gather(self.signum))  # a signal that comes during the message waits for the next one
-        self.signum = agreed or self.signum
-        return agreed
-
-
-def shortage(error: Exception, args: Args) -> str | None:
-    """One line about memory or files that the system refused, and what to do; None for any other error."""
-    need = args.batch_size * args.frame_stack * args.frame_size**2 / args.world_size / 2**20
-    known = "allocate memory|enough memory|bad.?alloc|new thread|create a primitive|inline_container|return without"
-    few, or_else = f"are allowed for {args.workers} workers: raise `ulimit", "or lower --num-workers"
-    lower = "lower --num-envs, --num-steps or --num-workers, or raise `ulimit -v`"
-    for words, line in (
-        ("OutOfMemoryError", "too little GPU memory: lower --num-envs or --num-steps, or raise --num-minibatches"),
-        ("Too many open", f"too few open files {few} -n` {or_else}"),
-        ("temporarily unavailable", f"too few processes {few} -u` {or_else}"),
-        (f"MemoryError|{known}", f"too little memory, and a rollout alone needs {need:,.0f} MB, twice: {lower}"),
-    ):
-        if re.search(words, f"{type(error).__name__} {error}", re.IGNORECASE):
-            return line
-    return None
-
-
-# -------------------------------------------------------------------------------------------------------- 8 programs
-def open_run(args: Args) -> RunDirectory | Nothing:
-    """The run directory, a new one or that of --resume, and with --track the Weights & Biases run that mirrors it."""
-    if args.rank:
-        return Nothing()
-    if args.track:
-        with refusing("--track needs Weights & Biases: pip install wandb", ImportError):
-            import wandb
-    path = Path(args.resume or "runs")
-    with refusing(f"cannot write to {path}", OSError):
-        path.mkdir(exist_ok=True)
-        for second in () if args.resume else itertools.count(int(time.time())):
-            path = Path(f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{second}")
-            with suppress(FileExistsError):  # another run began in the same second
-                path.mkdir()
-                break
-    run = RunDirectory(path)
-    if args.track:
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": args.wandb_name or path.name}
-        names["id"] = re.sub(r"[:;,#?']", "-", path.name)  # which W&B refuses
-        wandb.init(**names, resume="allow", config=args.flags, sync_tensorboard=True)
-    return run
-
-
-def save(run: RunDirectory | Nothing, state: dict[str, Any], args: Args, step: int) -> None:
-    """Writes agent.pt, to evaluate and to share, and checkpoint.pt, to go on: the state of each process."""
-    agent = {"weights": pack(state["weights"]), "flags": args.flags, "step": step}
-    run.write("agent.pt", agent)
-    ranks, names = gather(pack(state)), [name for name, _ in state["weights"].named_parameters()]
-    if any(not torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks[1:] for name in names):
-        raise RunError(f"the processes' weights differ: average every loss's gradients, as update() does; {run.kept}")
-    run.write("checkpoint.pt", agent | ranks[0] | {"ranks": ranks[1:]})
-    if args.rank == 0 and "checkpoint.pt" not in run.failing:
-        run.kept = f"the checkpoint of step {step:,} is kept"
-
-
-def load(state: dict[str, Any], saved: dict[str, Any], args: Args) -> None:
-    """Restores in place, from the checkpoint of --resume, what save() wrote. UsageError if it does not fit or, in a new
-    run, if it never will: what a checkpoint cannot hold or bring back is refused now, and not after hours."""
-    if not args.resume:
-        packed = pack(state)
-        with refusing("a checkpoint cannot bring back `state` in train"):
-            unpack(state, packed)
-        return
-    with refusing(f"--resume: {args.resume}/checkpoint.pt is not of the run in args.json"):
-        if 1 + len(saved["ranks"]) != args.world_size:
-            refuse(f"--resume: that run has {1 + len(saved['ranks'])} processes, not {args.world_size}")
-        if other := [name for name, value in args.identity.items() if saved["flags"].get(name, value) != value]:
-            raise ValueError(f"{other[0]} is {saved['flags'][other[0]]}")
-        mine = [saved, *saved["ranks"]][args.rank]
-        if odd := (mine.keys() ^ state.keys()) - {"flags", "step", "ranks"}:
-            raise ValueError(f"{min(odd)!r} is in one of it and `state` only")
-        unpack(state, {name: mine[name] for name in state})
-        for parameter, memory in state["optimizer"].state.items():
-            if not memory or any(memory[x].shape != parameter.shape for x in ("exp_avg", "exp_avg_sq") if x in memory):
-                raise ValueError("the optimizer is of other parameters")
-        before, done = saved["flags"]["total_timesteps"], state["iteration"]
-        if type(done) is not int or not 0 <= done <= before // args.batch_size or math.isnan(sum(state["recent"])):
-            raise ValueError("numbers that cannot be")
-        longer = f"the run is now {args.total_timesteps:,} steps long, and the annealing follows"
-        more = f"--total-timesteps {(done + 1) * args.batch_size} or more"
-        complete = f"{args.resume} is complete; {more} goes on, --evaluate plays its agent"
-        if args.rank == 0 and (done >= args.num_iterations or args.total_timesteps != before):
-            say(complete if done >= args.num_iterations else longer)
-        saved.clear()  # some 20 MB
-
-
-@torch.inference_mode()
-def full_games(args: Args, agent: Any, num_games: int, stop: Any = None, film: Any = None, mode: Any = None) -> list:
-    """Plays full games side by side, through all lives, at random without an agent. Returns (score, length) of those
-    that end before the StopRequest has a signal. The list `film` gets (observation, screen) of the first 5 minutes."""
+def play_full_games(
+    args: Args,
+    agent: Agent | None,
+    num_games: int,
+    stop: StopRequest,
+    film: Film | None = None,
+    render_mode: str | None = None,
+) -> list[tuple[float, int]]:
+    """Plays full games side by side, through all lives, at random without an agent. Returns the
+    (return, length) of those that end before a stop is requested. The film is of the first one."""
     generators = [np.random.default_rng([args.seed, 2**31, i]) for i in range(num_games)]
-    envs, obs, results = [], [], {}
-    while len(envs) < num_games and not (stop and stop.signum):
-        envs.append(make_env(args, mode))
-        obs.append(envs[-1].reset(seed=args.seed + 2**31 + len(obs))[0])
-    while (playing := [i for i in range(num_games) if i not in results]) and not (stop and stop.signum):
-        uniform = torch.tensor([generators[i].random() for i in playing], dtype=torch.float32)
-        if agent is None:
-            actions = (uniform * envs[0].action_space.n).long().clamp_(max=envs[0].action_space.n - 1)
-        else:
-            batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
-            actions = agent.get_action_and_value(batch, uniform=uniform)["action"]
-        for i, action in zip(playing, actions.tolist()):
-            obs[i], _, terminated, truncated, info = envs[i].step(action)
-            if film is not None and i == 0 and len(film) < 5 * 60 * 60 / args.frame_skip:
-                film.append((obs[0], envs[0].unwrapped.ale.getScreenRGB()))
-            if (terminated or truncated) and "episode" not in info:  # a lost life
-                played = envs[i].get_wrapper_attr("episode_lengths")
-                obs[i], info = envs[i].reset()
-                if "episode" not in info and envs[i].get_wrapper_attr("episode_lengths") < played:
-                    raise RunError("a wrapper above RecordEpisodeStatistics ends games unseen: put it beneath")
-            if "episode" in info:
-                results[i] = (float(info["episode"]["r"]), int(info["episode"]["l"]))
+    envs = []
+    obs = []
+    for i in range(num_games):
+        if stop.signum:
+            return []
+        env = make_env(args, render_mode)
+        if film is not None and i == 0:
+            env = FilmEnv(env, film)
+        envs.append(env)
+        obs.append(envs[i].reset(seed=args.seed + 2**31 + i)[0])
+    results = {}
+    playing = list(range(num_games))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), one_thread():
+        torch.default_generator.manual_seed(args.seed)  # for an agent that draws from it
+        while playing and not stop.signum:
+            numbers = [generators[i].random() for i in playing]
+            uniform = torch.tensor(numbers, dtype=torch.float32)
+            if agent is None:
+                num_actions = int(envs[0].action_space.n)
+                actions = (uniform * num_actions).long().clamp_(max=num_actions - 1)
+            else:
+                batch = torch.from_numpy(np.stack([obs[i] for i in playing]))
+                actions = agent.get_action_and_value(batch, uniform=uniform)["action"]
+            for i, action in zip(playing, actions.tolist()):
+                obs[i], _, _, _, _, games = step_and_reset(envs[i], action)
+                if games:
+                    results[i] = games[0]
+            playing = [i for i in playing if i not in results]
     for env in envs:
         env.close()
     return [results[i] for i in sorted(results)]
 
 
-def score_agent(args: Args, agent: Agent, step: int, run: RunDirectory | Nothing, stop: StopRequest) -> None:
-    """Rank 0 plays --eval-episodes games and tells, logs and writes their scores, unless a stop is requested."""
-    film = [] if args.capture_video else None
-    num_games = 0 if args.rank else args.eval_episodes
-    games, random_games = (full_games(args, player, num_games, stop, f) for player, f in ((agent, film), (None, None)))
-    if stop.signum or not games:
+def score_agent(
+    args: Args, agent: Agent, step: int, run: RunDirectory | None, stop: StopRequest
+) -> None:
+    """Rank 0 plays --eval-episodes full games, prints their scores beside those of random play, and
+    writes them to the run directory, if there is one. A requested stop ends it without a word."""
+    if args.rank > 0 or args.eval_episodes == 0:
         return
-    (scores, lengths), (random_scores, _) = zip(*games), zip(*random_games)
-    mean, std, random_mean = float(np.mean(scores)), float(np.std(scores)), float(np.mean(random_scores))
-    say(f"evaluation at step {step:,}: {' '.join(f'{score:g}' for score in scores)}")
-    say(f"mean {mean:.2f} ± {std:.2f} over {len(scores)} full games; a random policy: {random_mean:.2f}")
-    result = {"env_id": args.env_id, "step": step, "seed": args.seed, "mean": mean, "std": std, "scores": scores}
-    result |= {"lengths": lengths, "random_mean": random_mean, "random_scores": random_scores}
-    points = [("eval/episodic_return", mean, step), ("eval/episodic_length", float(np.mean(lengths)), step)]
-    run.events(lambda writer: [writer.add_scalar(*point) for point in points])
-    run.write("eval.json", json.dumps(result, indent=1).encode())
-    if film:
-        run.film([screen for _, screen in film], step, max(1, round(60 / args.frame_skip)))
-        run.picture("eval/observation", *film[len(film) // 2], step)
+    film = None
+    if args.capture_video and run is not None:
+        film = Film(fps=max(1, round(60 / args.frame_skip)))
+    policy = inference_copy(agent, choose_dtype(args, CPU), CPU)
+    games = play_full_games(args, policy, args.eval_episodes, stop, film)
+    random_games = play_full_games(args, None, args.eval_episodes, stop)
+    if stop.signum:
+        return
+    scores = [score for score, _ in games]
+    lengths = [length for _, length in games]
+    random_scores = [score for score, _ in random_games]
+    result = {
+        "env_id": args.env_id,
+        "step": step,
+        "seed": args.seed,
+        "mean": float(np.mean(scores)),
+        "std": float(np.std(scores)),
+        "scores": scores,
+        "lengths": lengths,
+        "random_mean": float(np.mean(random_scores)),
+        "random_scores": random_scores,
+    }
+    print(f"evaluation at step {step:,}: {' '.join(f'{score:g}' for score in scores)}")
+    mean = f"mean {result['mean']:.2f} +- {result['std']:.2f} over {len(scores)} full games"
+    print(f"{mean}; a random policy: {result['random_mean']:.2f}", flush=True)
+    if run is not None:
+        mean_length = float(np.mean(lengths))
+        curves = {"eval/episodic_return": result["mean"], "eval/episodic_length": mean_length}
+        run.log(curves, step)
+        run.write("eval.json", json.dumps(result, indent=1).encode())
+    if film is not None:
+        run.add_film(film, step)
+
+
+def make_rollout(args: Args, envs: ParallelEnvs, device: torch.device) -> dict[str, Tensor]:
+    """What is stored of each step, [T + 1, N, ...]; row T is for what comes after the last step.
+    Observations lie where the network is, with the channels innermost, as it reads them."""
+    size = (args.num_steps + 1, args.local_envs)
+    _, channels, height, width = envs.obs.shape
+    images = torch.zeros(*size, height, width, channels, dtype=envs.obs.dtype, device=device)
+    return {
+        "obs": images.permute(0, 1, 4, 2, 3),
+        "done": torch.zeros(size),  # 1 where obs begins an episode
+        "action": torch.zeros(size, dtype=torch.int64),
+        "log_prob": torch.zeros(size),
+        "value": torch.zeros(size),
+        "reward": torch.zeros(size),
+    }
 
 
 def train(args: Args) -> int:
-    """Trains. Returns the exit code: 0; 1 if a file could not be written; 130 or 143 if a signal ended it early."""
-    # SETUP, in this order: threads, and so CUDA, TensorBoard and the process group, do not survive the workers' fork
-    saved = load_file(Path(args.resume, "checkpoint.pt"), "ranks", "flags") if args.resume else {}
-    torch.manual_seed(args.seed)  # the same weights in every process
-    env = make_env(args, "rgb_array")
-    sight = env.reset(seed=args.seed)[0], env.render()
-    set_env_state(env, get_env_state(env))  # refuses, before anything starts, what a checkpoint would not bring back
-    env.close()
+    """The algorithm. Returns the exit code: 0, or 130 or 143 if a signal ended it early."""
+    # SETUP, in this order: the workers are forked before threads, CUDA, TensorBoard and the process
+    # group come to life, which do not survive it.
+    if args.use_gpu and args.num_envs % args.num_groups:
+        raise UserError("on a GPU, --num-groups must divide --num-envs (--no-cuda does without)")
+    checkpoint = None
+    if args.resume is not None:
+        checkpoint = load_checkpoint(Path(args.resume, "checkpoint.pt"), args)
+        if checkpoint["iteration"] >= args.num_iterations:
+            more = f"--total-timesteps {(checkpoint['iteration'] + 1) * args.batch_size} or more"
+            print(f"{args.resume} is complete; {more} goes on, --evaluate plays its agent")
+            return 0
+        if args.total_timesteps != checkpoint["flags"]["total_timesteps"] and args.rank == 0:
+            print(f"the run is now {args.total_timesteps:,} steps long, and the annealing follows")
+    torch.manual_seed(args.seed)  # the same first weights in every process
+    env = make_env(args, render_mode="rgb_array")
+    first_obs, _ = env.reset(seed=args.seed)
+    first_screen = env.render()
     agent = make_agent(args, env)
-    actor = inference_copy(agent, choose_dtype(args, torch.device("cpu")))
-    storage = allocate(args, env, actor)
-    torch.manual_seed(args.seed * 1000 + args.rank)
-    np.random.seed([args.seed, args.rank])  # this one and the next for what users add
-    random.seed(args.seed * 1000 + args.rank)
-    shuffler = torch.Generator().manual_seed(args.seed * 1000 + args.rank)
+    process_seed = args.seed * 1000 + args.rank
+    torch.manual_seed(process_seed)
+    np.random.seed([args.seed, args.rank])
+    random.seed(process_seed)
+    shuffler = torch.Generator().manual_seed(process_seed)
+    env_numbers = range(args.first_env, args.first_env + args.local_envs)
+    action_generators = [np.random.default_rng([args.seed, i]) for i in env_numbers]
+
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest("stopping as soon as everything has started"))
-        workers = stack.enter_context(closing(Workers(args, actor, storage)))
+        envs = stack.enter_context(closing(ParallelEnvs(args, env.observation_space)))
         device = choose_device(args)
-        learner = Learner(args, agent, device, choose_dtype(args, device))
-        join_processes(args, device, stack)
-        state = {  # all that changes during training: a checkpoint holds it. Change it in place, or as state[name]
-            "weights": agent, "optimizer": learner.optimizer, "knobs": dict(learner.knobs), "iteration": 0,
-            "recent": deque(maxlen=100), "environments": workers, "row": {name: x[-1] for name, x in storage.items()},
-            "generators": [shuffler, torch.default_generator],
-            "random": SimpleNamespace(state_dict=random.getstate, load_state_dict=random.setstate),
-            "numpy": SimpleNamespace(state_dict=np.random.get_state, load_state_dict=np.random.set_state),
-        }  # fmt: skip
-        load(state, saved, args)
+        agent.dtype = choose_dtype(args, device)
+        agent.to(device)
+        optimizer = make_optimizer(args, agent)
+        schedule = make_schedule(args, device)
+        if args.world_size > 1:  # after the optimizer, whose imports would keep the group alive
+            join_processes(args, device)
+            stack.callback(dist.destroy_process_group)
+
+        policy = inference_copy(agent, agent.dtype, device)
+        act = policy.get_action_and_value
+        update_agent = partial(update, agent, optimizer, args, schedule)
+        if device.type == "cuda" and args.cuda_graph:
+            act = CudaGraph(act)
+            if args.world_size == 1:
+                update_agent = CudaGraph(update_agent)
+        rollout = make_rollout(args, envs, device)
+
+        state = {  # everything that changes during training; see pack() for what it may hold
+            "weights": agent,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "iteration": 0,
+            "recent_returns": deque(maxlen=100),
+            "envs": envs,
+            "action_generators": action_generators,
+            "shuffler": shuffler,
+            "torch": torch.default_generator,
+            "numpy": Generator(np.random.get_state, np.random.set_state),
+            "python": Generator(random.getstate, random.setstate),
+        }
+        if device.type == "cuda":
+            get_cuda_state = partial(torch.cuda.get_rng_state, device)
+            set_cuda_state = partial(torch.cuda.set_rng_state, device=device)
+            state["cuda"] = Generator(get_cuda_state, set_cuda_state)
+        if checkpoint is not None:
+            restore_state(state, checkpoint, args.rank)
+        pack(state)  # what no checkpoint can hold raises its error now, and not after hours
         step = state["iteration"] * args.batch_size
-        if state["iteration"] >= args.num_iterations:
-            return 0
-        run = stack.enter_context(closing(open_run(args)))
-        run.begin(args, device, agent.dtype, step, sight)
-        if learner.on_gpu:
-            lock_pages(storage, stack)
+        run = None
+        if args.rank == 0:
+            run = stack.enter_context(closing(open_run(args, step)))
+            run.describe(args, device, agent.dtype)
+            run.begin_progress(args.num_iterations * args.batch_size, step)
+            if args.resume is None:
+                run.begin_events(args)
+                run.add_picture("observation", first_obs, first_screen, step)
 
         stop.doing = "finishing this iteration, then saving"
         for iteration in range(state["iteration"] + 1, args.num_iterations + 1):
             if stop.agreed():
                 break
             started = time.perf_counter()
-            anneal(learner.knobs, args, iteration)
+            anneal(schedule, args, iteration)
 
-            # ROLLOUT
-            actor.load_state_dict(agent.state_dict())
-            games, seconds = workers.rollout()
-            rolled_out = time.perf_counter()
+            # ROLLOUT: the policy thinks about one group of games while the others play
+            policy.load_state_dict(agent.state_dict())
+            uniform = draw_uniform(action_generators, args.num_steps).to(device)
+            with torch.no_grad(), one_thread():
+                for t, group in envs.turns(args.num_steps):  # t = 0 ... num_steps
+                    rollout["obs"][t, group] = envs.obs[group]
+                    rollout["done"][t, group] = envs.done[group]
+                    if t > 0:
+                        reward = envs.reward[group]
+                        if envs.truncated[group].any():  # by a time limit: the game is not lost
+                            final_obs = envs.final_obs[group].to(device)
+                            final = act(obs=final_obs, uniform=uniform[t, group])
+                            final_value = final["value"].cpu() * envs.truncated[group]
+                            reward = reward + args.gamma * final_value
+                        rollout["reward"][t - 1, group] = reward
+                    outputs = act(obs=rollout["obs"][t, group], uniform=uniform[t, group])
+                    for name in ("action", "log_prob", "value"):
+                        rollout[name][t, group] = outputs[name]
+                    if t < args.num_steps:
+                        envs.step(group, outputs["action"])
+            rollout_seconds = time.perf_counter() - started
 
             # ADVANTAGES
-            values, dones = storage["value"], storage["done"]
-            advantages, returns = compute_gae(storage["reward"][:-1], values, dones, args.gamma, args.gae_lambda)
-            learner.fill(storage, advantage=advantages, return_=returns)
+            rewards = rollout["reward"][:-1]
+            advantages, returns = compute_gae(
+                rewards, rollout["value"], rollout["done"], args.gamma, args.gae_lambda
+            )
+            batch = {name: tensor[:-1].flatten(0, 1) for name, tensor in rollout.items()}
+            batch["advantage"] = advantages.flatten()
+            batch["return_"] = returns.flatten()
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
 
             # UPDATE
             stats = []
             for _ in range(args.update_epochs):
-                rows = torch.randperm(advantages.numel(), generator=shuffler).to(device, non_blocking=True)  # [core 6]
-                stats += map(learner.update, rows.split(args.minibatch_size // args.world_size))
-                if args.target_kl is not None and all_mean(stats[-1]["approx_kl"].clone()) > args.target_kl:
+                shuffled = torch.randperm(args.local_batch_size, generator=shuffler).to(device)
+                for rows in shuffled.split(args.local_minibatch_size):  # [core 6]
+                    stats.append(update_agent(**take(batch, rows)))
+                if args.target_kl is not None and all_mean(stats[-1]["approx_kl"]) > args.target_kl:
                     break
 
             # LOGGING
-            means = {name: all_mean(torch.stack([stat[name] for stat in stats]).mean()) for name in stats[0]}
-            scalars = {f"losses/{name}": float(mean) for name, mean in means.items()}
-            if not math.isfinite(scalars["losses/grad_norm"]):
-                raise RunError(f"iteration {iteration}: the loss or its gradient is not finite; {run.kept}")
-            if iteration == 1 and not args.rank and stats[0].get("approx_kl", 0) > 1e-3:  # 0, up to a GPU's rounding
-                say("ppo_atari.py: the agent acts otherwise than it learns: see inference_copy()", sys.stderr)
-            scalars["losses/explained_variance"] = explained_variance(values[:-1], returns)
-            scalars |= {f"charts/{name}": float(knob) for name, knob in learner.knobs.items()}
-            seconds["update"] = (now := time.perf_counter()) - rolled_out
-            scalars |= {f"time/{work}": spent / (now - started) for work, spent in seconds.items()}
-            scalars["charts/SPS"] = args.batch_size / (now - started)
-            points = []
-            for t, i, score, length in sorted(sum(gather(games), [])):
-                state["recent"].append(score)
-                at = step + t * args.num_envs + i + 1  # a step of its own: some trackers keep one value per step
-                points += [("charts/episodic_return", score, at), ("charts/episodic_length", length, at)]
-            state["iteration"], step = iteration, iteration * args.batch_size
-            run.log(points + [(tag, value, step) for tag, value in scalars.items()], state["recent"], step)
+            losses = mean_stats(stats)
+            if not math.isfinite(losses["grad_norm"]):
+                raise FloatingPointError(f"iteration {iteration}: the gradient is not finite")
+            losses["explained_variance"] = explained_variance(rollout["value"][:-1], returns)
+            seconds = time.perf_counter() - started
+            scalars = {f"losses/{name}": value for name, value in losses.items()}
+            scalars |= {f"charts/{name}": number.item() for name, number in schedule.items()}
+            scalars["charts/SPS"] = args.batch_size / seconds
+            scalars["time/rollout"] = rollout_seconds / seconds
+            scalars["time/update"] = 1 - rollout_seconds / seconds
+            games = sorted(sum(gather(envs.take_ended()), []))
+            for _, _, game_return, _ in games:
+                state["recent_returns"].append(game_return)
+            if run is not None:
+                run.log_games(games, args, step)
+            state["iteration"] = iteration
+            step = iteration * args.batch_size
+            if run is not None:
+                run.log(scalars, step)
+                run.show_progress(state["recent_returns"], step)
 
-            # NOW AND THEN
-            last = iteration == args.num_iterations
-            if args.eval_interval and step % args.eval_interval < args.batch_size and not last:
-                actor.load_state_dict(agent.state_dict())
-                score_agent(args, actor, step, run, stop)
-            if args.checkpoint_interval and iteration % args.checkpoint_interval == 0 and not last:
-                save(run, state, args, step)
+            # EVALUATION AND CHECKPOINT, now and then; the last ones follow below
+            if iteration == args.num_iterations:
+                break
+            if args.eval_interval > 0 and step % args.eval_interval < args.batch_size:
+                score_agent(args, agent, step, run, stop)
+            if args.checkpoint_interval > 0 and iteration % args.checkpoint_interval == 0:
+                save_checkpoint(run, state, args, step)
 
-        save(run, state, args, step)
+        save_checkpoint(run, state, args, step)
         if not stop.agreed():
             stop.doing = "stopping the evaluation"
-            actor.load_state_dict(agent.state_dict())
-            score_agent(args, actor, step, run, stop)
-        run.farewell(step, stop.signum)
-        return 1 if run.failing else 128 + stop.signum if stop.signum else 0
+            score_agent(args, agent, step, run, stop)
+        if stop.signum == 0:
+            return 0
+        if run is not None:
+            run.say_how_to_go_on(step)
+        return 128 + stop.signum
 
 
 def evaluate(args: Args) -> int:
-    """--evaluate: the agent of a run directory or a file plays full games; with --play, it plays one in a window."""
-    path = Path(args.evaluate, "agent.pt" if Path(args.evaluate).is_dir() else "")
-    content = load_file(path, "flags")
+    """--evaluate: the agent of a run directory or a file plays full games; with --play, it plays
+    one in a window. Returns the exit code."""
+    path = Path(args.evaluate)
+    if path.is_dir():
+        path = path / "agent.pt"
+    content = load_file(path, "weights", "flags")
+    step = content.get("step", 0)
     args = parse_args(args.argv, content["flags"], str(path))
-    env, folder, step, run = make_env(args), Path(args.output or path.parent), content.get("step", 0), Nothing()
-    with refusing(f"the weights in {path} do not fit {args.env_id} and these flags"):
-        agent = make_agent(args, env)
-        agent.load_state_dict(content["weights"])
-    agent = inference_copy(agent, choose_dtype(args, torch.device("cpu")))
-    torch.set_num_threads(1)  # as in a worker; and waiting threads spin, which starves a training next to it
+    env = make_env(args)
+    agent = make_agent(args, env)
     try:
-        if args.output or (folder / "checkpoint.pt").exists():  # and not beside an agent that somebody has published
-            folder.mkdir(parents=True, exist_ok=True)
-            run = RunDirectory(folder) if os.access(folder, os.W_OK) else refuse(f"cannot write to {folder}")
-    except (OSError, UsageError) as error:
-        say(f"ppo_atari.py: {error}; the scores are shown here alone", sys.stderr)
-    with StopRequest("stopping the evaluation") as stop, closing(run):
-        if not args.play:
+        agent.load_state_dict(content["weights"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights in {path} do not fit {args.env_id}: {reason}") from None
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest("stopping the evaluation"))
+        if args.play:
+            policy = inference_copy(agent, choose_dtype(args, CPU), CPU)
+            games = play_full_games(args, policy, 1, stop, render_mode="human")
+            for game_return, length in games:
+                print(f"score {game_return:g} in {length} steps")
+        else:
+            run = None
+            folder = path.parent
+            if args.output is not None:
+                folder = Path(args.output)
+                folder.mkdir(parents=True, exist_ok=True)
+            if args.output is not None or (folder / "checkpoint.pt").exists():  # a run of one's own
+                try:
+                    run = stack.enter_context(closing(RunDirectory(folder)))
+                except (UserError, OSError) as error:
+                    print(
+                        f"{SCRIPT}: {error}; only this terminal shows the scores", file=sys.stderr
+                    )
             score_agent(args, agent, step, run, stop)
-        for score, length in full_games(args, agent, 1, stop, None, "human") if args.play else ():
-            say(f"score {score:g} in {length} steps")
-        return 128 + stop.signum if stop.signum else int(bool(run.failing))
+        return 128 + stop.signum if stop.signum else 0
 
 
 def play(args: Args) -> int:
     """--play: a person plays the game in a window, at its real speed."""
-    with refusing("--play needs pygame: pip install pygame", (ImportError, gym.error.DependencyNotInstalled)):
+    try:
         from gymnasium.utils.play import play as play_in_window
-    env = make_env(args, "rgb_array").unwrapped
+    except (ImportError, gym.error.DependencyNotInstalled):
+        raise UserError("--play needs pygame: pip install pygame") from None
+    env = make_env(args, render_mode="rgb_array").unwrapped
     meanings = env.get_action_meanings()
     for keys, action in env.get_keys_to_action().items():
-        print(f"{' + '.join('space' if key == ' ' else key for key in keys):>14}  {meanings[action]}")
+        names = ["space" if key == " " else key for key in keys]
+        print(f"{' + '.join(names):>14}  {meanings[action]}")
     play_in_window(env, fps=60, zoom=3, noop=find_action(env, "NOOP") or 0, seed=args.seed)
     return 0
 
 
-# ----------------------------------------------------------------------------------------------------------- 9 entry
+# ---------------------------------------------------------------------------------------- 9 entry
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program that the flags ask for and returns its exit code: 0, 1, 2, 130 or 143."""
-    args = parse_args(argv)
+    """Runs the program that the flags ask for and returns its exit code: 0, 1, 2, 130 or 143. What
+    is neither the user's mistake nor a worker's end is a traceback."""
     try:
-        return (evaluate if args.evaluate else play if args.play else train)(args)
-    except UsageError as error:
-        code, text = 2, f"error: {' '.join(str(error).split())}"
+        args = parse_args(argv)
+        if args.evaluate is not None:
+            return evaluate(args)
+        if args.play:
+            return play(args)
+        return train(args)
+    except UserError as error:
+        print(f"{SCRIPT}: error: {error}", file=sys.stderr)
+        return 2
+    except WorkerError as error:
+        print(f"{SCRIPT}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        code, text = 130, "stopped at once; what was saved before is kept"
-    except Exception as error:
-        code, text = 1, f"error: {shortage(error, args) or error}"
-        if not isinstance(error, RunError) and not shortage(error, args):
-            traceback.print_exc()
-    say(f"ppo_atari.py: {text}", sys.stderr)
-    return code
+        print(f"{SCRIPT}: stopped at once; what was saved before is kept", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # noqa: SIM115  >&-
-    sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to lose a score
     sys.exit(main())

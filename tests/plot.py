@@ -1,6 +1,7 @@
-"""Draws the learning curve of runs: python tests/plot.py OUT.png RUN_DIRECTORY ... (pip install matplotlib).
+"""Draws the learning curves of runs: python tests/plot.py OUT.png RUN_DIRECTORY ...
 
-Each line is the mean return of the last 100 games, over steps; its last value and those at some milestones are printed.
+Each line is the mean return of the last 100 games, over steps; its last value and those at some
+milestones are printed. Needs matplotlib (pip install matplotlib).
 """
 
 import sys
@@ -16,11 +17,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 def curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the mean of the up to 100 returns that ended until then."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars("charts/episodic_return")
-    returns = np.cumsum([0.0] + [event.value for event in events])
-    last = np.arange(1, len(returns))
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    games = events.Scalars("charts/episodic_return")
+    steps = np.array([game.step for game in games])
+    total = np.cumsum([0.0] + [game.value for game in games])
+    last = np.arange(1, len(total))
     first = np.maximum(0, last - 100)
-    return np.array([event.step for event in events]), (returns[last] - returns[first]) / (last - first)
+    return steps, (total[last] - total[first]) / (last - first)
 
 
 def main(out: str | Path, *runs: str | Path) -> None:

@@ -1,19 +1,22 @@
 """What is worth keeping of finished runs, in runs/reference/, and the README's tables of it.
 
-    python tests/reference.py RUN_DIRECTORY ...            keep runs whole: one seed of each game
-    python tests/reference.py --brief RUN_DIRECTORY ...    keep curves, flags and scores only: the other seeds
-    python tests/reference.py --table                      print the README's tables from what is kept
-    python tests/reference.py --picture OUT.png            draw all games, with the spread over seeds
+    python tests/reference.py RUN_DIRECTORY ...           keep runs whole: one seed of each game
+    python tests/reference.py --brief RUN_DIRECTORY ...   keep curves, flags and scores only
+    python tests/reference.py --table                     print the README's tables
+    python tests/reference.py --picture OUT.png           draw all games, with the spread of seeds
 
-Kept are the scalars as one mean per 10 000 steps, args.json and eval.json; of a whole run, also the last video, what
-TensorBoard shows in its Images tab, the curve as a PNG, and agent.pt with the networks' weights in bfloat16, with which
---precision bfloat16 plays anyway. Pictures need matplotlib (pip install matplotlib).
+--brief is for the other seeds; tables and picture are of what is kept. Kept are the scalars as one
+mean per 10 000 steps, args.json and eval.json; of a whole run, also the last video, what
+TensorBoard shows in its Images tab, the curve as a PNG, and agent.pt with the networks' weights in
+bfloat16, with which --precision bfloat16 plays anyway. Pictures need matplotlib (pip install
+matplotlib).
 """
 
 import argparse
 import json
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -24,7 +27,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 REFERENCE = Path(__file__).resolve().parents[1] / "runs" / "reference"
-PUBLISHED = {  # after 10 000 000 steps: openai/baselines and CleanRL's ppo_atari.py, from CleanRL's documentation
+# After 10 000 000 steps: openai/baselines, CleanRL's ppo_atari.py, both from CleanRL's
+# documentation, and the best known.
+PUBLISHED = {
     "BreakoutNoFrameskip-v4": ("406.57 ± 31.55", "414.66 ± 28.09", "430.1 ± 8.1"),
     "PongNoFrameskip-v4": ("20.51 ± 0.50", "20.36 ± 0.20", "20.82 ± 0.21"),
     "BeamRiderNoFrameskip-v4": ("2 642.97 ± 670.37", "1 915.93 ± 484.58", "2 861 ± 801"),
@@ -34,47 +39,74 @@ PUBLISHED = {  # after 10 000 000 steps: openai/baselines and CleanRL's ppo_atar
     "ALE/Breakout-v5": ("", "", "326.5 (16 environments, lambda 0.70: SLM-Lab)"),
 }
 MILESTONES = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000)
-GOALS = {"PongNoFrameskip-v4": (18,), "BreakoutNoFrameskip-v4": (100, 400), "ALE/Breakout-v5": (100,)}
+GOALS = {
+    "PongNoFrameskip-v4": (18,),
+    "BreakoutNoFrameskip-v4": (100, 400),
+    "ALE/Breakout-v5": (100,),
+}
 
 
 def scalars(run: Path, *tags: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Steps and values of each curve, empty where there is none, from one reading of the events."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    curves = [events.Scalars(tag) if tag in events.Tags()["scalars"] else [] for tag in tags]
-    return [(np.array([p.step for p in points]), np.array([p.value for p in points])) for points in curves]
+    curves = []
+    for tag in tags:
+        points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+        steps = np.array([point.step for point in points])
+        curves.append((steps, np.array([point.value for point in points])))
+    return curves
 
 
 def last_100(steps: np.ndarray, returns: np.ndarray, thinned: bool) -> np.ndarray:
-    """At each point, the mean of the last 100 games; of a thinned curve, of the last 100 000 steps."""
+    """At each point, the mean of the last 100 games; of a thinned curve, of the last 100 000
+    steps."""
     total = np.concatenate([[0.0], np.cumsum(returns)])
     last = np.arange(1, len(total))
-    first = np.searchsorted(steps, steps - 100_000, side="right") if thinned else np.maximum(0, last - 100)
+    if thinned:
+        first = np.searchsorted(steps, steps - 100_000, side="right")
+    else:
+        first = np.maximum(0, last - 100)
     return (total[last] - total[first]) / (last - first)
 
 
-def thin(run: Path, target: Path, images: bool, every: int = 10_000) -> None:
-    """Writes the mean of each scalar over each stretch of steps, at its last step and time; evaluations whole.
+def stretches(points: list, every: int) -> Iterator[list]:
+    """The points of each stretch of `every` steps."""
+    for _, stretch in groupby(points, lambda point: point.step // every):
+        yield list(stretch)
 
-    charts/return_100, the mean of the last 100 games, is added: it cannot be computed from the means.
+
+def thin(run: Path, target: Path, images: bool, every: int = 10_000) -> None:
+    """Writes the mean of each scalar over each stretch of steps, at its last step and time;
+    evaluations whole.
+
+    charts/return_100, the mean of the last 100 games, is added: it cannot be computed from the
+    means.
     """
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
     writer = SummaryWriter(str(target))
     for tag in events.Tags()["scalars"]:
         points = events.Scalars(tag)
         if tag == "charts/episodic_return":
-            means = last_100(np.array([p.step for p in points]), np.array([p.value for p in points]), False)
-            for _, stretch in groupby(zip(points, means), lambda pair: pair[0].step // every):
-                point, mean = list(stretch)[-1]
-                writer.add_scalar("charts/return_100", mean, point.step, point.wall_time)
-        for _, stretch in groupby(points, lambda point: point.step // every):
-            stretch = list(stretch)
-            value = stretch[-1].value if tag.startswith("eval/") else np.mean([point.value for point in stretch])
-            writer.add_scalar(tag, value, stretch[-1].step, stretch[-1].wall_time)
-    for tag in events.Tags()["images"] if images else ():
-        last = events.Images(tag)[-1]
-        image = Summary.Image(height=last.height, width=last.width, colorspace=3,
-                              encoded_image_string=last.encoded_image_string)  # fmt: skip
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), last.step)
+            steps = np.array([point.step for point in points])
+            means = last_100(steps, np.array([point.value for point in points]), False)
+            at = -1
+            for stretch in stretches(points, every):
+                at += len(stretch)
+                last = stretch[-1]
+                writer.add_scalar("charts/return_100", means[at], last.step, last.wall_time)
+        for stretch in stretches(points, every):
+            last = stretch[-1]
+            value = np.mean([point.value for point in stretch])
+            if tag.startswith("eval/"):
+                value = last.value
+            writer.add_scalar(tag, value, last.step, last.wall_time)
+    if images:
+        for tag in events.Tags()["images"]:
+            last = events.Images(tag)[-1]
+            image = Summary.Image(height=last.height, width=last.width, colorspace=3)
+            image.encoded_image_string = last.encoded_image_string
+            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+            writer.file_writer.add_summary(summary, last.step)
     writer.close()
 
 
@@ -85,8 +117,9 @@ def keep(run: Path, brief: bool) -> None:
     for name in ("args.json", "eval.json"):
         shutil.copy(run / name, target / name)
     if not brief:
-        for video in sorted(run.glob("videos/*.webm"), key=lambda path: path.stat().st_mtime)[-1:]:
-            shutil.copy(video, target / "video.webm")
+        videos = sorted(run.glob("videos/*.webm"), key=lambda path: path.stat().st_mtime)
+        if videos:
+            shutil.copy(videos[-1], target / "video.webm")
         content = torch.load(run / "agent.pt", weights_only=True)
         for name, tensor in content["weights"].items():
             if "network" in name:
@@ -100,17 +133,24 @@ def keep(run: Path, brief: bool) -> None:
 
 def facts(run: Path) -> dict:
     """What the tables say of one kept run."""
-    about, evaluated = (json.loads((run / name).read_text()) for name in ("args.json", "eval.json"))
-    flags = about["flags"]
-    curve, games, (_, speeds) = scalars(run, "charts/return_100", "charts/episodic_return", "charts/SPS")
+    flags = json.loads((run / "args.json").read_text())["flags"]
+    evaluated = json.loads((run / "eval.json").read_text())
+    tags = ("charts/return_100", "charts/episodic_return", "charts/SPS")
+    curve, games, (_, speeds) = scalars(run, *tags)
     if not len(curve[0]):  # kept before that curve was
         curve = games[0], last_100(*games, True)
     return {
-        "game": flags["env_id"], "seed": flags["seed"], "total": flags["total_timesteps"], "steps": evaluated["step"],
-        "curve": curve, "return": curve[1][-1], "evaluation": evaluated["mean"], "games": evaluated["scores"],
+        "game": flags["env_id"],
+        "seed": flags["seed"],
+        "total": flags["total_timesteps"],
+        "steps": evaluated["step"],
+        "curve": curve,
+        "return": curve[1][-1],
+        "evaluation": evaluated["mean"],
+        "games": evaluated["scores"],
         "random": evaluated["random_mean"],
         "steps_per_hour": 3600 * np.median(speeds),  # a mean would count what ran beside it
-    }  # fmt: skip
+    }
 
 
 def number(value: float, digits: int = 1) -> str:
@@ -121,7 +161,8 @@ def spread(values: list[float]) -> str:
     """Mean ± standard deviation over seeds, and each seed's value."""
     if len(values) == 1:
         return number(values[0])
-    return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))} ({', '.join(map(number, values))})"
+    mean = f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))}"
+    return f"{mean} ({', '.join(map(number, values))})"
 
 
 def extent(values: list[float]) -> str:
@@ -144,21 +185,34 @@ def row(*cells: object) -> None:
 
 def table() -> None:
     kept = groups()
-    row("game", "steps", "seeds", "training, last 100 games", "evaluation, full games", "random play",
-        "openai/baselines", "CleanRL", "best known", "hours")  # fmt: skip
-    row(*["---"] * 10)
+    columns = ["game", "steps", "seeds", "training, last 100 games", "evaluation, full games"]
+    columns += ["random play", "openai/baselines", "CleanRL", "best known", "hours"]
+    row(*columns)
+    row(*["---"] * len(columns))
     for (game, total), runs in kept.items():
         steps = min(run["steps"] for run in runs)
-        length = number(steps, 0) + (f" of {number(total, 0)}" if steps < 0.99 * total else "")
+        length = number(steps, 0)
+        if steps < 0.99 * total:
+            length += f" of {number(total, 0)}"
         evaluation = spread([run["evaluation"] for run in runs])
         if len(runs) == 1:
             evaluation += f" ± {number(np.std(runs[0]['games']))} (over games)"
-        row(f"`{game}`", length, len(runs), spread([run["return"] for run in runs]),
-            f"{evaluation}, {len(runs[0]['games'])} each", number(np.mean([run["random"] for run in runs])),
-            *(PUBLISHED.get(game, ("", "", "")) if total >= 10_000_000 else ("", "", "")),
-            extent([run["steps"] / run["steps_per_hour"] for run in runs]))  # fmt: skip
+        published = ("", "", "")
+        if total >= 10_000_000:
+            published = PUBLISHED.get(game, published)
+        row(
+            f"`{game}`",
+            length,
+            len(runs),
+            spread([run["return"] for run in runs]),
+            f"{evaluation}, {len(runs[0]['games'])} each",
+            number(np.mean([run["random"] for run in runs])),
+            *published,
+            extent([run["steps"] / run["steps_per_hour"] for run in runs]),
+        )
     print()
-    row("game", *(number(milestone, 0) for milestone in MILESTONES), "reached, after hours")
+    milestones = [number(milestone, 0) for milestone in MILESTONES]
+    row("game", *milestones, "reached, after hours")
     row(*["---"] * (len(MILESTONES) + 2))
     for (game, total), runs in kept.items():
         cells = []
@@ -168,8 +222,13 @@ def table() -> None:
             cells.append(number(np.mean(values)) if values else "")
         goals = []
         for goal in GOALS.get(game, ()):
-            hours = [run["curve"][0][run["curve"][1] >= goal] / run["steps_per_hour"] for run in runs]
-            if first := [above[0] for above in hours if len(above)]:
+            first = []
+            for run in runs:
+                steps, means = run["curve"]
+                above = steps[means >= goal]
+                if len(above):
+                    first.append(above[0] / run["steps_per_hour"])
+            if first:
                 some = f" ({len(first)} of {len(runs)} seeds)" if len(first) < len(runs) else ""
                 goals.append(f"{goal}: {extent(first)}{some}")
         row(f"`{game}` ({number(total, 0)} steps)", *cells, "; ".join(goals))
@@ -184,7 +243,8 @@ def picture(out: Path) -> None:
     kept = groups()
     columns = int(np.ceil(len(kept) ** 0.5))
     rows = -(-len(kept) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), dpi=120, squeeze=False)
+    size = (4 * columns, 3 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=120, squeeze=False)
     for ax in axes.flat[len(kept) :]:
         ax.remove()
     for ax, ((game, _), runs) in zip(axes.flat, kept.items()):
@@ -192,7 +252,8 @@ def picture(out: Path) -> None:
         curves = np.array([np.interp(grid, *run["curve"]) for run in runs])
         ax.plot(grid, curves.mean(0))
         ax.fill_between(grid, curves.min(0), curves.max(0), alpha=0.3)
-        ax.set(title=f"{game}, {len(runs)} seed{'s' * (len(runs) > 1)}", xlabel="steps (4 frames each)")
+        seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        ax.set(title=f"{game}, {seeds}", xlabel="steps (4 frames each)")
         ax.grid(alpha=0.3)
     figure.supylabel("return, mean of 100 games", fontsize="medium")
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""Section 3: the network's shape, its first weights, and its distribution against NumPy in float64."""
+"""Section 3: the network's shape and first weights; its distribution against NumPy in float64."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ppo_atari import Agent, inference_copy, layer_init, make_agent, make_env, parse_args
+from ppo_atari import CPU, Agent, inference_copy, layer_init, make_agent, make_env, parse_args
 
 NAMES = ("action", "log_prob", "entropy", "value")
 
@@ -21,7 +21,9 @@ def agent_for(*flags: str) -> Agent:
 
 @pytest.fixture
 def obs():
-    return torch.randint(0, 256, (6, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (6, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def test_parameter_count_by_hand():
@@ -54,21 +56,25 @@ def test_first_weights_are_orthogonal_and_biases_zero(shared):
         weight = layer.weight.detach().double().flatten(1)
         gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
         gain = gains.get(layer, math.sqrt(2))
-        torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            gram, gain**2 * torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0
+        )
         assert not layer.bias.any()
     assert layer_init(nn.Linear(3, 3), bias_const=2.5).bias.tolist() == [2.5] * 3
 
 
 @pytest.mark.parametrize(("scaled", "divisor"), [(True, 255), (False, 1)])
 def test_pixels_are_scaled_by_255(obs, scaled, divisor):
-    """The first convolution's output is that of scaled pixels, and the gradient that of unscaled weights."""
+    """The first convolution's output is that of scaled pixels, and so is its weights' gradient."""
     conv = agent_for("--scale-obs" if scaled else "--no-scale-obs").network[0]
     seen = conv(obs.float())
     expected = F.conv2d(obs.double() / divisor, conv.weight.double(), conv.bias.double(), stride=4)
     torch.testing.assert_close(seen.double(), expected, rtol=1e-4, atol=1e-5 * 255 / divisor)
     (gradient,) = torch.autograd.grad(seen.square().mean(), conv.weight)
     (expected_gradient,) = torch.autograd.grad(expected.square().mean(), conv.weight)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5 * (255 / divisor) ** 2)
+    torch.testing.assert_close(
+        gradient, expected_gradient, rtol=1e-3, atol=1e-5 * (255 / divisor) ** 2
+    )
 
 
 def trunk(network, obs):
@@ -87,13 +93,16 @@ def linear(layer, hidden):
 @pytest.mark.parametrize("shared", [True, False])
 def test_log_prob_entropy_and_value_against_numpy(obs, shared):
     torch.manual_seed(1)
-    agent = agent_for("--env-id", "ALE/Pong-v5", "--shared-network" if shared else "--no-shared-network")
+    agent = agent_for(
+        "--env-id", "ALE/Pong-v5", "--shared-network" if shared else "--no-shared-network"
+    )
     with torch.no_grad():
         agent.actor.weight.mul_(600)  # far from uniform
         action = torch.tensor([0, 1, 2, 3, 4, 5])
-        got_action, log_prob, entropy, value = map(agent.get_action_and_value(obs, action).get, NAMES)
-        networks = [agent.network, agent.network if shared else agent.critic_network]
-        policy_hidden, value_hidden = (trunk(network, obs) for network in networks)
+        outputs = agent.get_action_and_value(obs, action)
+        got_action, log_prob, entropy, value = (outputs[name] for name in NAMES)
+        policy_hidden = trunk(agent.network, obs)
+        value_hidden = policy_hidden if shared else trunk(agent.critic_network, obs)
     logits = linear(agent.actor, policy_hidden)
     probs = np.exp(logits - logits.max(1, keepdims=True))
     probs /= probs.sum(1, keepdims=True)
@@ -116,13 +125,18 @@ def test_samples_follow_the_policy(obs):
         for uniform in (None, torch.arange(2000) / 2000):
             outputs = agent.get_action_and_value(many, uniform=uniform)
             frequencies = torch.bincount(outputs["action"], minlength=4) / 2000
-            torch.testing.assert_close(frequencies, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.04, rtol=0)
+            torch.testing.assert_close(
+                frequencies, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.04, rtol=0
+            )
             torch.testing.assert_close(outputs["log_prob"].exp(), (outputs["action"] + 1) / 10)
         edges = torch.tensor([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.99999994])
-        assert agent.get_action_and_value(obs, uniform=edges)["action"].tolist() == [0, 0, 1, 1, 2, 3]
+        actions = agent.get_action_and_value(obs, uniform=edges)["action"]
+        assert actions.tolist() == [0, 0, 1, 1, 2, 3]
 
 
-def assert_same_outputs(first: Agent, second: Agent, obs: torch.Tensor, tolerance: float = 1e-6) -> None:
+def assert_same_outputs(
+    first: Agent, second: Agent, obs: torch.Tensor, tolerance: float = 1e-6
+) -> None:
     action = torch.arange(len(obs)) % 4
     with torch.no_grad():
         one, two = (agent.get_action_and_value(obs, action) for agent in (first, second))
@@ -132,10 +146,12 @@ def assert_same_outputs(first: Agent, second: Agent, obs: torch.Tensor, toleranc
 
 
 def test_bfloat16_computes_the_same_function(obs):
-    """Outputs within 2 % and gradients within 8 %, which is what 8 bits allow; the actor's kept weights agree."""
+    """Outputs within 2 % and gradients within 8 %, which is what 8 bits allow; so does the copy
+    whose weights are kept in bfloat16."""
     torch.manual_seed(3)
     agent = agent_for()
-    gradients, outputs = [], []
+    gradients = []
+    outputs = []
     for dtype in (torch.float32, torch.bfloat16):
         agent.dtype = dtype
         agent.zero_grad()
@@ -147,8 +163,9 @@ def test_bfloat16_computes_the_same_function(obs):
     assert gradients[1].dtype == torch.float32
     torch.testing.assert_close(outputs[1], outputs[0], atol=0.02, rtol=0.02)
     assert (gradients[1] - gradients[0]).norm() < 0.08 * gradients[0].norm()
-    actor = inference_copy(agent, torch.bfloat16)
-    assert actor.network[0].weight.dtype == torch.bfloat16 and actor.critic.weight.dtype == torch.float32
+    actor = inference_copy(agent, torch.bfloat16, CPU)
+    assert actor.network[0].weight.dtype == torch.bfloat16
+    assert actor.critic.weight.dtype == torch.float32
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.mul_(0.9)
@@ -158,29 +175,33 @@ def test_bfloat16_computes_the_same_function(obs):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_float32_copy_computes_the_same(obs, shared):
-    """Its matrices lie in another order; what is copied to it afterwards arrives in the right places."""
+    """Its matrices lie in another order; what is copied to it afterwards arrives in its place."""
     torch.manual_seed(4)
     agent = agent_for("--shared-network" if shared else "--no-shared-network")
-    actor = inference_copy(agent, torch.float32)
+    actor = inference_copy(agent, torch.float32, CPU)
     assert_same_outputs(agent, actor, obs, 1e-5)
     assert not any(parameter.requires_grad for parameter in actor.parameters())
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     actor.load_state_dict(agent.state_dict())
-    for mine, its in zip(agent.parameters(), actor.parameters(), strict=True):
-        assert torch.equal(mine, its)
+    for mine, copied in zip(agent.parameters(), actor.parameters(), strict=True):
+        assert torch.equal(mine, copied)
     assert_same_outputs(agent, actor, obs, 1e-4)
 
 
 def recipe(*layers: nn.Module, width: int = 256):
-    """A network that a user may write, for Agent's make_network: pixels [B, 4, 84, 84] to [B, width]."""
-    body = nn.Sequential(nn.Conv2d(4, 8, 8, stride=8), nn.ReLU(), *layers, nn.Flatten(), nn.Linear(800, width))
+    """What a user may write for Agent's make_network: pixels [B, 4, 84, 84] to [B, width]."""
+    body = nn.Sequential(
+        nn.Conv2d(4, 8, 8, stride=8), nn.ReLU(), *layers, nn.Flatten(), nn.Linear(800, width)
+    )
     return lambda: body
 
 
 def own_agent(make_network, shared: bool = True) -> Agent:
-    return Agent(obs_shape=(4, 84, 84), num_actions=4, make_network=make_network, shared_network=shared)
+    return Agent(
+        obs_shape=(4, 84, 84), num_actions=4, make_network=make_network, shared_network=shared
+    )
 
 
 @pytest.mark.parametrize("width", [1, 256, 513])
@@ -198,15 +219,18 @@ def test_heads_follow_a_network_of_any_width(obs, width, shared, dtype):
         hidden = [network(obs.float()) for network in networks]
         logits = hidden[0] @ agent.actor.weight.T + agent.actor.bias
         torch.testing.assert_close(outputs["log_prob"], logits.log_softmax(-1)[:, 0])
-        torch.testing.assert_close(outputs["value"], (hidden[-1] @ agent.critic.weight.T + agent.critic.bias)[:, 0])
-    actor = inference_copy(agent, dtype)
+        torch.testing.assert_close(
+            outputs["value"], (hidden[-1] @ agent.critic.weight.T + agent.critic.bias)[:, 0]
+        )
+    actor = inference_copy(agent, dtype, CPU)
     agent.dtype = dtype
     assert_same_outputs(agent, actor, obs, 1e-4 if dtype == torch.float32 else 0.02)
 
 
 def test_asking_for_the_width_leaves_no_trace():
     """Neither in torch's generator (Dropout) nor in the buffers of the network (BatchNorm)."""
-    plain, network = recipe()(), recipe(nn.Dropout(0.5), nn.BatchNorm2d(8))()
+    plain = recipe()()
+    network = recipe(nn.Dropout(0.5), nn.BatchNorm2d(8))()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     drawn = []
     for each in (plain, network):
@@ -222,14 +246,16 @@ def test_buffers_reach_the_acting_copy(obs, dtype):
     """The running statistics of a BatchNorm, which training changes and no optimizer knows."""
     torch.manual_seed(7)
     agent = own_agent(recipe(nn.BatchNorm2d(8)))
-    actor = inference_copy(agent, dtype)
+    actor = inference_copy(agent, dtype, CPU)
     for _ in range(20):
         agent.get_action_and_value(obs)  # in train mode: the statistics follow these pixels
     actor.load_state_dict(agent.state_dict())
     name = "network.2.running_var"
     assert agent.state_dict()[name].max() > 100
     for key, tensor in agent.state_dict().items():
-        torch.testing.assert_close(actor.state_dict()[key].float(), tensor.float(), rtol=0.01, atol=1e-2)
+        torch.testing.assert_close(
+            actor.state_dict()[key].float(), tensor.float(), rtol=0.01, atol=1e-2
+        )
     assert actor.state_dict()["network.2.num_batches_tracked"] == 20
     agent.eval()
     agent.dtype = dtype
@@ -242,15 +268,43 @@ def test_a_copy_of_another_agent_is_refused():
 
 
 def test_the_acting_copy_drops_nothing(obs):
-    """Dropout is for learning: the copy acts alike each time and draws nothing from torch's generator."""
+    """Dropout is for learning: the copy acts alike each time and draws nothing from torch."""
     torch.manual_seed(8)
     agent = own_agent(recipe(nn.Dropout(0.5)))
-    actor, uniform = inference_copy(agent, torch.float32), torch.rand(6)
+    actor = inference_copy(agent, torch.float32, CPU)
+    uniform = torch.rand(6)
     with torch.no_grad():
-        first, second = (agent.get_action_and_value(obs, uniform=uniform)["value"] for _ in range(2))
+        first, second = (
+            agent.get_action_and_value(obs, uniform=uniform)["value"] for _ in range(2)
+        )
         assert agent.training and not torch.equal(first, second)
         before = torch.get_rng_state()
-        first, second = (actor.get_action_and_value(obs, uniform=uniform)["value"] for _ in range(2))
+        first, second = (
+            actor.get_action_and_value(obs, uniform=uniform)["value"] for _ in range(2)
+        )
         assert torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
     agent.eval()
     assert_same_outputs(agent, actor, obs, 1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_module_that_the_user_keeps_in_eval_mode_stays_in_it(obs, shared):
+    """A frozen BatchNorm, say, deep in the network: its statistics are not of these pixels. All
+    other modules learn."""
+
+    def make_network():
+        frozen = nn.Sequential(nn.BatchNorm2d(8), nn.Dropout(0.5)).eval()
+        return recipe(frozen, nn.BatchNorm2d(8))()
+
+    agent = own_agent(make_network, shared)
+    networks = [agent.network] if shared else [agent.network, agent.critic_network]
+    frozen = [module for network in networks for module in network[2].modules()]
+    assert len(frozen) == 3 * len(networks)
+    assert all(module.training == (module not in frozen) for module in agent.modules())
+    agent.get_action_and_value(obs)
+    policy = inference_copy(agent, torch.float32, CPU)
+    assert not any(module.training for module in policy.modules())
+    assert all(module.training == (module not in frozen) for module in agent.modules())
+    for network in networks:
+        assert network[2][0].num_batches_tracked == 0
+        assert network[3].num_batches_tracked == 1

@@ -1,29 +1,48 @@
-"""A learning test that cannot pass by luck: the script's own rollout, advantages and updates solve an image task."""
+"""A learning test that cannot pass by luck: the script's own training loop solves an image task."""
 
 import os
+import tempfile
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
-import torch
+import pytest
 
 import ppo_atari as p
 
 
-class Block(gym.Env):
-    """A white block stands in one of four corners; the action that names it earns 1, others 0.
-
-    An episode has five steps, so the best return is 5 and chance 1.25. One step is a contextual bandit, and gamma > 0
-    makes later rewards noise that the advantages have to see through.
-    """
+class Toy(gym.Env):
+    """All that the training loop wants of a game beside its reset and its steps: an emulator, here
+    without a state, and a screen."""
 
     observation_space = gym.spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    spec = gym.envs.registration.EnvSpec("Toy-v0", kwargs={"repeat_action_probability": 0})
+    ale = SimpleNamespace(cloneState=lambda include_rng: SimpleNamespace(serialize=lambda: b""))
+
+    def render(self) -> np.ndarray:
+        return np.zeros((36, 36, 3), np.uint8)
+
+
+def as_make_env_does(game: Toy) -> gym.Env:
+    """The game with the statistics that the training loop logs."""
+    env = gym.wrappers.RecordEpisodeStatistics(game)
+    env.saved = ("episode_returns", "episode_lengths")
+    return env
+
+
+class Block(Toy):
+    """A white block stands in one of four corners; the action that names it earns 1, others 0.
+
+    An episode has five steps, so the best return is 5 and chance 1.25. One step is a contextual
+    bandit, and gamma > 0 makes later rewards noise that the advantages have to see through.
+    """
+
     action_space = gym.spaces.Discrete(4)
-    spec = gym.envs.registration.EnvSpec("Block-v0", kwargs={"repeat_action_probability": 0})
-    ale = None
 
     def draw(self) -> np.ndarray:
         self.corner = int(self.np_random.integers(4))
-        y, x = 18 * (self.corner // 2), 18 * (self.corner % 2)
+        y = 18 * (self.corner // 2)
+        x = 18 * (self.corner % 2)
         obs = np.zeros((4, 36, 36), np.uint8)
         obs[:, y : y + 18, x : x + 18] = 255
         return obs
@@ -39,31 +58,29 @@ class Block(gym.Env):
         return self.draw(), reward, self.t == 5, False, {}
 
 
-def learn(sign: float, n: int = 8, rank: int = 0, iterations: int = 40, num_steps: int = 40) -> float:
-    """Trains in n games, with the other ranks if there are any. Returns the share of the best return at the end."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
-    flags = ["--num-envs", str(n * world_size), "--num-steps", str(num_steps), "--frame-size", "36"]
-    flags += ["--num-workers", "0", "--inference-batch", str(n), "--ent-coef", "0.001", "--learning-rate", "0.001"]
-    args = p.parse_args([*flags, "--precision", "float32"])
-    envs = gym.vector.SyncVectorEnv([Block] * n, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    torch.manual_seed(1)
-    agent, storage = p.make_agent(args, envs.envs[0]), p.allocate(args, envs.envs[0])
-    actor = p.inference_copy(agent, torch.float32)
-    learner = p.Learner(args, agent, torch.device("cpu"), torch.float32)
-    generators = [np.random.default_rng([rank, i]) for i in range(n)]
-    storage["obs"][-1] = torch.from_numpy(envs.reset(seed=100 * rank)[0])
-    storage["done"][-1] = 1
+def learn(sign: float, n: int = 8, iterations: int = 28, num_steps: int = 40) -> float:
+    """Trains in n games, beside the other processes of torchrun if there are any, with the
+    advantages multiplied by sign. Returns this process' share of the best return at the end."""
+    num_envs = n * int(os.environ.get("WORLD_SIZE", "1"))
+    flags = ["--num-envs", num_envs, "--num-steps", num_steps, "--frame-size", 36]
+    flags += ["--total-timesteps", num_envs * num_steps * iterations, "--checkpoint-interval", 0]
+    flags += ["--num-workers", 0, "--ent-coef", 0.001, "--learning-rate", 0.001, "--no-anneal-lr"]
+    flags += ["--precision", "float32", "--eval-episodes", 0]
+    args = p.parse_args([str(flag) for flag in flags])
+    compute_gae = p.compute_gae
     earned = []
-    for _ in range(iterations):
-        actor.load_state_dict(agent.state_dict())
-        p.rollout(agent=actor, envs=envs, storage=storage, generators=generators, args=args)
-        rewards, values, dones = storage["reward"][:-1], storage["value"], storage["done"]
-        advantages, returns = p.compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)
-        learner.fill(storage, advantage=sign * advantages, return_=returns)
-        for _ in range(args.update_epochs):
-            for rows in torch.randperm(n * num_steps).split(args.minibatch_size // world_size):
-                learner.update(rows)
+
+    def signed_gae(rewards, *others):
+        advantages, returns = compute_gae(rewards, *others)
         earned.append(rewards.mean().item())
+        return sign * advantages, returns
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(p, "make_env", lambda args, render_mode=None: as_make_env_does(Block()))
+        patch.setattr(p, "compute_gae", signed_gae)
+        assert p.train(args) == 0
+    assert len(earned) == iterations
     return sum(earned[-5:]) / 5
 
 
@@ -72,15 +89,18 @@ def test_the_task_is_solved():
 
 
 def test_with_the_advantage_negated_it_is_not():
-    assert learn(-1) < 0.25
+    assert learn(-1, iterations=12) < 0.1  # chance is 0.25
 
 
 def test_the_task_rewards_only_the_right_action():
-    game, rewards = Block(), []
+    game = Block()
+    rewards = []
     obs, _ = game.reset(seed=1)
     for i in range(40):
         corner = game.corner
-        assert obs[:, 18 * (corner // 2) :, 18 * (corner % 2) :][:, :18, :18].all() and obs.sum() == 255 * 4 * 18 * 18
+        white = obs[:, 18 * (corner // 2) :, 18 * (corner % 2) :][:, :18, :18]
+        assert white.all()
+        assert obs.sum() == 255 * 4 * 18 * 18
         obs, reward, terminated, _, _ = game.step((corner + i) % 4)
         rewards.append(reward)
         assert terminated == (i % 5 == 4)

@@ -1,4 +1,5 @@
-"""The shipped agents and the raw lines of the ablation: what the README claims of them can be had from this clone."""
+"""The shipped agents and the raw lines of the ablation: what the README claims of them can be had
+from this clone."""
 
 import hashlib
 import json
@@ -25,11 +26,13 @@ def test_there_is_one():
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_shipped_agent_plays(run: Path):
-    """Six games. The bound: half-way from a random policy's mean to the agent's, both from the games in eval.json.
+    """Six games. The bound: half-way from a random policy's mean to the agent's, both from the
+    games in eval.json.
 
-    The mean of six falls below it by luck with a probability of less than 1 in 1 000, as drawing from them shows:
-    where the games spread widely, the bound is lower. A broken wrapper, network or file leaves an agent that plays no
-    better than at random. No score is compared exactly: floating point differs from processor to processor.
+    The mean of six falls below it by luck with a probability of less than 1 in 1 000, as drawing
+    from them shows: where the games spread widely, the bound is lower. A broken wrapper, network or
+    file leaves an agent that plays no better than at random. No score is compared exactly: floating
+    point differs from processor to processor.
     """
     games = 6
     claimed = json.loads((run / "eval.json").read_text())
@@ -41,9 +44,12 @@ def test_shipped_agent_plays(run: Path):
     assert (args.env_id, args.seed) == (claimed["env_id"], 77)
     agent = ppo_atari.make_agent(args, ppo_atari.make_env(args))
     agent.load_state_dict(content["weights"])
-    actor = ppo_atari.inference_copy(agent, ppo_atari.choose_dtype(args, torch.device("cpu")))  # as --evaluate does
-    scores = [score for score, _ in ppo_atari.full_games(args, actor, games)]
-    assert np.mean(scores) > bound, scores
+    dtype = ppo_atari.choose_dtype(args, ppo_atari.CPU)  # as --evaluate does
+    policy = ppo_atari.inference_copy(agent, dtype, ppo_atari.CPU)
+    stop = ppo_atari.StopRequest("stopping the evaluation")
+    played = ppo_atari.play_full_games(args, policy, games, stop)
+    scores = [score for score, _ in played]
+    assert len(scores) == games and np.mean(scores) > bound, scores
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
@@ -56,12 +62,14 @@ def test_shipped_run_is_whole_and_small(run: Path):
 def test_the_readme_has_the_tables_of_what_is_kept(capsys):
     reference.table()
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert len(lines) >= 4 + 2 * len({json.loads((run / "eval.json").read_text())["env_id"] for run in RUNS})
+    games = {json.loads((run / "eval.json").read_text())["env_id"] for run in RUNS}
+    assert len(lines) >= 4 + 2 * len(games)
     assert set(lines) <= set((SCRIPT.parent / "README.md").read_text().splitlines())
 
 
 def script_of_the_ablation(commit: str, folder: Path, name: str = "ppo_atari.py") -> Path:
-    """The script as it was at the commit that a raw line names; "-dirty": with runs/reference/ablation.patch."""
+    """The script as it was at the commit that a raw line names; "-dirty": with
+    runs/reference/ablation.patch."""
     git = ["git", "-C", SCRIPT.parent, "show", f"{commit.removesuffix('-dirty')}:{name}"]
     shown = subprocess.run(git, capture_output=True)
     if shown.returncode:
@@ -74,8 +82,11 @@ def script_of_the_ablation(commit: str, folder: Path, name: str = "ppo_atari.py"
 
 
 def test_the_raw_lines_name_the_script_that_made_them(tmp_path):
-    lines = map(json.loads, (REFERENCE / "ablation.jsonl").read_text().splitlines())
-    made = {(line["commit"], line["script"], *re.findall(r"--script (\S+)", line["flags"])) for line in lines}
+    made = set()
+    for text in (REFERENCE / "ablation.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        name = re.findall(r"--script (\S+)", line["flags"])
+        made.add((line["commit"], line["script"], *name))
     assert made
     for commit, digest, *name in made:
         script = script_of_the_ablation(commit, tmp_path, *name)
@@ -83,23 +94,39 @@ def test_the_raw_lines_name_the_script_that_made_them(tmp_path):
 
 
 def test_the_ablation_s_float32_rounds_as_bfloat16_does(tmp_path):
-    """Against torch's own bfloat16 kernels: outputs and gradients lie four times closer to theirs than float32's do."""
+    """Against torch's own bfloat16 kernels: outputs and gradients lie four times closer to theirs
+    than float32's do."""
     patched = load(script_of_the_ablation("ece292e-dirty", tmp_path), "ablation")
-    obs = torch.randint(0, 256, (4, 4, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    obs = torch.nn.functional.interpolate(obs.float(), (84, 84), mode="bilinear").byte()  # neighbours are alike
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (4, 4, 9, 9), generator=generator).float()
+    smooth = torch.nn.functional.interpolate(coarse, (84, 84), mode="bilinear")
+    obs = smooth.byte()  # neighbours are alike, as in a game
+    action = torch.arange(4)
+    patched_copy = patched.inference_copy  # of the script at that time, which had no device
+    our_copy = partial(ppo_atari.inference_copy, device=ppo_atari.CPU)
     found = []
-    for script, dtype in ((patched, torch.bfloat16), (ppo_atari, torch.bfloat16), (ppo_atari, torch.float32)):
+    for script, inference_copy, dtype in (
+        (patched, patched_copy, torch.bfloat16),
+        (ppo_atari, our_copy, torch.bfloat16),
+        (ppo_atari, our_copy, torch.float32),
+    ):
         torch.manual_seed(1)
         agent = script.Agent((4, 84, 84), 6, partial(script.nature_cnn, 4, 84, True))
-        actor = script.inference_copy(agent, dtype)
+        actor = inference_copy(agent, dtype)
         for parameter in agent.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
         actor.load_state_dict(agent.state_dict())  # which the patch must round anew
         agent.dtype = dtype
-        new, acted = (x.get_action_and_value(obs, torch.arange(4)) for x in (agent, actor))
-        (new["log_prob"].sum() + new["value"].square().sum() - new["entropy"].sum()).backward()
-        found.append({name: parameter.grad for name, parameter in agent.named_parameters()})
-        found[-1] |= {"log_prob": new["log_prob"].detach(), "acted": acted["log_prob"], "value": acted["value"]}
+        new = agent.get_action_and_value(obs, action)
+        acted = actor.get_action_and_value(obs, action)
+        loss = new["log_prob"].sum() + new["value"].square().sum() - new["entropy"].sum()
+        loss.backward()
+        numbers = {name: parameter.grad for name, parameter in agent.named_parameters()}
+        numbers["log_prob"] = new["log_prob"].detach()
+        numbers["acted"] = acted["log_prob"]
+        numbers["value"] = acted["value"]
+        found.append(numbers)
     for name, rounded in found[0].items():
-        native, exact = found[1][name], found[2][name]
+        native = found[1][name]
+        exact = found[2][name]
         assert (rounded - native).norm() < (native - exact).norm() / 4, name
