@@ -1002,7 +1002,8 @@ class ParallelEnvs:
     (the episode before was cut by a time limit) and, of those, final_obs [N, *obs_shape].
 
     Without workers, the learner plays all games. Beside a single worker it plays a quarter of each
-    group, one game whenever it would otherwise wait, so that two cores are equally busy."""
+    group, one game whenever it would otherwise wait, so that two cores are equally busy; in
+    float32, where the policy takes longer, of the first group only."""
 
     def __init__(self, args: Args, observation_space: gym.Space):
         num_games = args.local_envs
@@ -1030,6 +1031,7 @@ class ParallelEnvs:
         self.done = torch.from_numpy(arrays["done"])
         self.truncated = torch.from_numpy(arrays["truncated"])
 
+        policy_is_quick = choose_dtype(args, CPU) == torch.bfloat16
         self.groups = []
         own = []  # the games that the learner plays
         for part in np.array_split(range(num_games), num_groups):
@@ -1037,7 +1039,7 @@ class ParallelEnvs:
             self.groups.append(slice(group.start, group.stop))
             if args.workers == 0:
                 own += group
-            elif args.workers == 1:
+            elif args.workers == 1 and (policy_is_quick or not own):
                 own += group[: len(group) // 4]
         others = [i for i in range(num_games) if i not in own]
 

@@ -203,8 +203,8 @@ def test_signal_saves_and_says_how_to_go_on(number, code, workers, whole, tmp_pa
 
 
 def test_games_that_the_learner_plays_are_saved_too():
-    """Beside a single worker, it plays a quarter of each group: all games go back to where they
-    were, and on as they did."""
+    """Beside a single worker, it plays a quarter of a group: all games go back to where they were,
+    and on as they did."""
     args = ppo_atari.parse_args([*FLAGS, "--num-envs", "4", "--num-groups", "1"])
     args.workers = 1
 

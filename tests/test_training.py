@@ -660,9 +660,9 @@ N = 8  # games
 FIRST_ENV = 3  # as if another process had three games
 
 
-def make_envs(env_id: str, workers: int, num_groups: int = 2):
+def make_envs(env_id: str, workers: int, num_groups: int = 2, precision: str = "bfloat16"):
     flags = ["--env-id", env_id, "--num-envs", N, "--num-steps", T, "--frame-size", 36]
-    flags += ["--num-workers", workers, "--num-groups", num_groups]
+    flags += ["--num-workers", workers, "--num-groups", num_groups, "--precision", precision]
     args = ppo_atari.parse_args([str(flag) for flag in flags])
     args.first_env = FIRST_ENV
     space = gym.spaces.Box(0, 255, (4, 36, 36), np.uint8)
@@ -812,22 +812,25 @@ def toys(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("workers", "num_groups", "own"),
+    ("workers", "num_groups", "precision", "own"),
     [
-        (0, 2, range(8)),
-        (1, 1, [0, 1]),
-        (1, 2, [0, 4]),
-        (1, 3, []),  # groups of 3, 3 and 2: none has a quarter
-        (2, 2, []),
-        (8, 2, []),
+        (0, 2, "bfloat16", range(8)),
+        (0, 2, "float32", range(8)),
+        (1, 1, "bfloat16", [0, 1]),
+        (1, 2, "bfloat16", [0, 4]),
+        (1, 2, "float32", [0]),
+        (1, 3, "bfloat16", []),  # groups of 3, 3 and 2: none has a quarter
+        (2, 2, "bfloat16", []),
+        (8, 2, "float32", []),
     ],
 )
-def test_who_plays_which_games(workers, num_groups, own, toys, watch):
-    """Without a worker the learner plays all, beside a single one a quarter of each group, and
-    beside more of them none; the workers share the others evenly."""
+def test_who_plays_which_games(workers, num_groups, precision, own, toys, watch):
+    """Without a worker the learner plays all. Beside a single one it plays a quarter of each group,
+    in float32 of the first group only, and beside more of them none. The workers share the others
+    evenly."""
     stepped = []
     watch(ppo_atari.Games, "step", before=lambda given: stepped.extend(given["indices"]))
-    with make_envs("ALE/Breakout-v5", workers, num_groups) as envs:
+    with make_envs("ALE/Breakout-v5", workers, num_groups, precision) as envs:
         assert len(envs.workers) == workers
         shares = [worker.games for worker in envs.workers]
         for t, group in envs.turns(2):
