@@ -1781,7 +1781,7 @@ class StopRequest:
 def choose_device(args: Args) -> torch.device:
     """This process' GPU, made to do what the flags say, or the CPU."""
     if not args.use_gpu:
-        return torch.device("cpu")
+        return CPU
     index = args.local_rank % torch.cuda.device_count()  # some processes see their own GPU only
     device = torch.device("cuda", index)
     try:
