@@ -76,9 +76,14 @@ from tqdm import tqdm
 Args = argparse.Namespace
 Tensors = dict[str, Tensor]
 
-SCRIPT = "ppo_atari.py"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PATH = Path(globals().get("__file__", "ppo_atari.py"))  # pasted into a notebook, it has none
+SCRIPT = PATH.name
+STOP_SIGNALS = []  # what asks a run to end: also a closed terminal and a cluster's warnings
+for _name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+    if hasattr(signal, _name):  # not every system has all of them
+        STOP_SIGNALS.append(getattr(signal, _name))
 CPU = torch.device("cpu")
+CGROUP = Path("/sys/fs/cgroup")  # where a container's quota stands
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # of the worker processes
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from every emulator
@@ -106,8 +111,9 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 # --resume may change these flags, and --evaluate does not take them from the agent's file: they are
 # about this call and not about the run.
 MAY_CHANGE = {"cuda", "cuda_graph", "torch_deterministic", "num_workers", "checkpoint_interval"}
-MAY_CHANGE |= {"resume", "evaluate", "output", "eval_episodes", "eval_interval", "capture_video"}
-MAY_CHANGE |= {"play", "track", "wandb_project_name", "wandb_entity", "wandb_name"}
+MAY_CHANGE |= {"resume", "run_dir", "evaluate", "output", "eval_episodes", "eval_interval"}
+MAY_CHANGE |= {"greedy", "capture_video", "play"}
+MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity", "wandb_name"}
 RETIRED = {"inference_batch", "start_method"}  # flags that older agents carry
 
 
@@ -123,13 +129,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from low to high, both included. NaN never passes."""
+    """An argparse type: a number from low to high, both included. NaN never passes; 1e7 is a whole
+    number."""
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
+            if kind is int and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", text):
+                value = float(text)
+                value = int(value) if value.is_integer() else math.nan
         if not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
             message = f"must be {what} from {low:.9g} to {high:.9g}, not {text!r}"
@@ -201,22 +211,27 @@ def default_num_groups(args: Args) -> int:
     return args.world_size
 
 
-def check_args(args: Args, parser: Parser) -> None:
-    """Checks what one flag alone cannot show, and adds what follows from the flags and the machine:
-    sizes, this process' share of them, and its place among the processes of torchrun. All values
-    pass through here, from the command line, from args.json and from a stranger's agent.pt."""
-    smallest_values = {"rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1}
-    for name, smallest in smallest_values.items():  # which torchrun sets
-        text = os.environ.get(name.upper(), str(smallest))
-        try:
-            setattr(args, name, number(int, smallest, 2**20)(text))
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"{name.upper()} in the environment {error}")
-    if args.rank >= args.world_size:
-        parser.error("RANK and WORLD_SIZE in the environment: start with torchrun, or unset both")
-    if args.world_size > 1 and (args.evaluate is not None or args.play):
-        parser.error("--evaluate and --play need no torchrun: WORLD_SIZE is above 1")
+def available_cores() -> int:
+    """The cores that this process may use: of the machine, of its affinity and, in a container, of
+    its quota (cgroups, version 2 and 1)."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota = int((CGROUP / "cpu/cpu.cfs_quota_us").read_text())
+        period = int((CGROUP / "cpu/cpu.cfs_period_us").read_text())
+        if quota > 0:
+            return max(1, min(cores, math.ceil(quota / period)))
+    return cores
 
+
+def check_args(args: Args, parser: Parser) -> None:
+    """Checks what one flag alone cannot show, and adds what follows from the flags and the machine.
+    All values pass through here, from the command line, from args.json and from a stranger's
+    agent.pt."""
     check_env_id(args.env_id, parser)
     if args.precision not in PRECISIONS:
         parser.error(f"--precision must be one of {', '.join(PRECISIONS)}, not {args.precision!r}")
@@ -228,9 +243,32 @@ def check_args(args: Args, parser: Parser) -> None:
         parser.error("--resume, --evaluate and --output need a path: it is empty")
     if args.output is not None and args.evaluate is None:
         parser.error("--output is for --evaluate: training makes a directory in runs/")
+    if args.run_dir is not None and (args.evaluate is not None or args.play):
+        parser.error("--run-dir is for training: leave out --evaluate and --play")
     if args.resume is not None and (args.evaluate is not None or args.play):
         parser.error("--resume trains on; leave out --evaluate and --play")
+    check_processes(args, parser)
+    check_sizes(args, parser)
+    check_workers(args, parser)
 
+
+def check_processes(args: Args, parser: Parser) -> None:
+    """Adds this process' place among those of torchrun, which tells it in the environment."""
+    smallest_values = {"rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1}
+    for name, smallest in smallest_values.items():
+        text = os.environ.get(name.upper(), str(smallest))
+        try:
+            setattr(args, name, number(int, smallest, 2**20)(text))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{name.upper()} in the environment {error}")
+    if args.rank >= args.world_size:
+        parser.error("RANK and WORLD_SIZE in the environment: start with torchrun, or unset both")
+    if args.world_size > 1 and (args.evaluate is not None or args.play):
+        parser.error("--evaluate and --play need no torchrun: WORLD_SIZE is above 1")
+
+
+def check_sizes(args: Args, parser: Parser) -> None:
+    """Adds the sizes of the batch, of its minibatches, and of this process' share of both."""
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = args.total_timesteps // args.batch_size
@@ -251,20 +289,22 @@ def check_args(args: Args, parser: Parser) -> None:
     args.local_envs = args.num_envs // args.world_size
     args.first_env = args.rank * args.local_envs  # games are numbered over all processes
 
+
+def check_workers(args: Args, parser: Parser) -> None:
+    """Adds how the games are shared out: the groups, and the workers of this process."""
     args.use_gpu = args.cuda and torch.cuda.device_count() > 0  # asking so does not start CUDA
     if args.num_groups is None:
         args.num_groups = default_num_groups(args)
     if args.num_groups > args.num_envs or args.num_groups % args.world_size:
         limits = f"at most --num-envs {args.num_envs} and a multiple of {args.world_size} processes"
         parser.error(f"--num-groups {args.num_groups} must be {limits}")
-
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    args.cores = max(1, available_cores() // args.local_world_size)
     args.workers = args.num_workers
     if args.workers is None:
-        args.workers = max(0, cores // args.local_world_size - 1)
+        args.workers = args.cores - 1
     args.workers = min(args.workers, args.local_envs)
+    if args.workers > 0 and START_METHOD == "spawn" and "__file__" not in globals():
+        parser.error("workers cannot find a script that is no file: give --num-workers 0")
 
 
 def refuse_another_run(args: Args, saved_args: Args, parser: Parser) -> None:
@@ -280,19 +320,33 @@ def refuse_another_run(args: Args, saved_args: Args, parser: Parser) -> None:
             parser.error(f"--resume: {typed} is {saved_value} in that run, not {value}")
 
 
+def with_dashes(word: str) -> str:
+    """--learning_rate=0.001, as sweeps write it, with the name that the parser knows."""
+    name, equals, value = word.partition("=")
+    if name.startswith("--"):
+        name = name.replace("_", "-")
+    return name + equals + value
+
+
 def read_args(parser: Parser, argv: list[str] | None, saved_flags: Any, source: str) -> Args:
     """What parse_args returns: the parser's flags, of argv and of an earlier run, checked."""
     if argv is None:
-        argv = sys.argv[1:]
+        argv = sys.argv[1:] if "__file__" in globals() else []  # a notebook's own, not for us
+    argv = [with_dashes(word) for word in argv]
     args, unknown = parser.parse_known_args(argv)
+    if args.resume is not None and unknown and not unknown[0].startswith("-"):
+        parser.error(f"--resume takes one directory, not also {' '.join(unknown)}")
     if unknown:
         advice = "a switch is --name or --no-name, without a value; --help lists all flags"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; {advice}")
     flag_names = list(vars(args))
+    if args.run_dir is not None and Path(args.run_dir, "checkpoint.pt").exists():
+        argv = [*argv, f"--resume={args.run_dir}"]
+        args = parser.parse_args(argv)
 
     skipped = MAY_CHANGE
     if args.resume is not None:
-        skipped = {"resume", "evaluate", "output", "play"}
+        skipped = {"resume", "run_dir", "evaluate", "output", "play"}
         source = str(Path(args.resume, "args.json"))
         try:
             saved_flags = {**json.loads(Path(source).read_text())["flags"]}  # of a dictionary only
@@ -319,7 +373,7 @@ def parse_args(argv: list[str] | None = None, saved_flags: Any = None, source: s
     Each flag is in args.json and in TensorBoard. One that argv does not name has the value of an
     earlier run, if there is one: of --resume's, or of saved_flags, which are from `source`."""
     formatter = partial(argparse.HelpFormatter, max_help_position=36, width=100)
-    description = __doc__.split("\n")[0]
+    description = "Proximal Policy Optimization on Atari games"
     parser = Parser(SCRIPT, None, description, formatter_class=formatter, allow_abbrev=False)
     count = number(int, 1, 2**20)
     natural = number(int, 0, 2**53)
@@ -331,7 +385,7 @@ def parse_args(argv: list[str] | None = None, saved_flags: Any = None, source: s
     flag(run, "env-id", "ALE/Breakout-v5", str, "ALE/<Game>-v5 (sticky) or <Game>NoFrameskip-v4")
     flag(run, "seed", 1, number(int, 0, 2**31 - 1), "of weights, games, actions and shuffling")
     flag(run, "total-timesteps", 10_000_000, natural, "in steps; may grow with --resume")
-    flag(run, "exp-name", "ppo_atari", str, "goes into the name of the run directory")
+    flag(run, "exp-name", PATH.stem, str, "goes into the name of the run directory")
     flag(run, "precision", "auto", PRECISIONS, "of the network; auto: bfloat16 in hardware")
     flag(run, "num-groups", None, count, "groups of games that take turns (default: 2, GPU: 16)")
 
@@ -340,6 +394,7 @@ def parse_args(argv: list[str] | None = None, saved_flags: Any = None, source: s
     flag(machine, "cuda-graph", True, bool, "on a GPU, launch policy and update as graphs")
     flag(machine, "torch-deterministic", True, bool, "deterministic algorithms on a GPU too")
     flag(machine, "num-workers", None, natural, "processes that play games (default: cores - 1)")
+    flag(machine, "run-dir", None, str, "train in this directory; go on if it holds a checkpoint")
     flag(machine, "resume", None, str, "go on with the run in this directory, with its flags")
     flag(machine, "checkpoint-interval", 300, natural, "iterations; 0: only at the end")
 
@@ -347,6 +402,7 @@ def parse_args(argv: list[str] | None = None, saved_flags: Any = None, source: s
     flag(watch, "evaluate", None, str, "play full games with the agent of a run or of a file")
     flag(watch, "output", None, str, "where --evaluate writes (default: to a run of yours)")
     flag(watch, "eval-episodes", 10, number(int, 0, 10_000), "full games per evaluation; 0: none")
+    flag(watch, "greedy", False, bool, "evaluate with the most probable action, no sample")
     flag(watch, "eval-interval", 0, natural, "evaluate every N steps, too; 0: only at the end")
     flag(watch, "capture-video", False, bool, "film one game of each evaluation")
     flag(watch, "play", False, bool, "play yourself; with --evaluate: watch the agent")
@@ -384,6 +440,9 @@ def parse_args(argv: list[str] | None = None, saved_flags: Any = None, source: s
     flag(atari, "shared-network", True, bool, "policy and value share the network")
     flag(atari, "scale-obs", True, bool, "scale pixels to [0, 1]")
     flag(atari, "full-action-space", False, bool, "all of the console's actions, mostly 18")
+    flag(atari, "mode", None, natural, "of the game (default: its first)")
+    flag(atari, "difficulty", None, natural, "of the game (default: its first)")
+    flag(atari, "max-episode-frames", None, count, "cut longer games (default: the id's, 108000)")
     flag(atari, "repeat-action-probability", None, probability, "sticky (default: the id's)")
     return read_args(parser, argv, saved_flags, source)
 
@@ -536,17 +595,31 @@ class FrameStack(gym.ObservationWrapper):
         return self.frames.reshape(self.observation_space.shape).copy()
 
 
+def make_emulator(args: Args, render_mode: str | None) -> gym.Env:
+    """The game without any wrapper. UserError for a mode or a difficulty that it has not."""
+    kwargs = {"full_action_space": args.full_action_space, "render_mode": render_mode}
+    if args.repeat_action_probability is not None:
+        kwargs["repeat_action_probability"] = args.repeat_action_probability
+    if args.max_episode_frames is not None:
+        kwargs["max_num_frames_per_episode"] = args.max_episode_frames
+    # frameskip=1: the ids' own skipping of frames would come on top of MaxAndSkipEnv's.
+    make = partial(gym.make, args.env_id, frameskip=1, disable_env_checker=True, **kwargs)
+    try:
+        return make(mode=args.mode, difficulty=args.difficulty).unwrapped
+    except RuntimeError:  # the emulator has no such mode or difficulty
+        ale = make().unwrapped.ale
+        modes = f"--mode {ale.getAvailableModes()}"
+        difficulties = f"--difficulty {ale.getAvailableDifficulties()}"
+        raise UserError(f"{args.env_id} has {modes} and {difficulties}") from None
+
+
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The full stack, in openai/baselines' order; every program here plays through it.
 
     Observations are uint8 [frame_stack, frame_size, frame_size]. info["episode"] = {"r", "l", "t"}
     appears once per game, when it is really over: return before clipping, length in steps,
     seconds. What wrappers remember is found and checkpointed: see remembered()."""
-    kwargs = {"full_action_space": args.full_action_space, "render_mode": render_mode}
-    if args.repeat_action_probability is not None:
-        kwargs["repeat_action_probability"] = args.repeat_action_probability
-    # frameskip=1: the ids' own skipping of frames would come on top of MaxAndSkipEnv's.
-    env = gym.make(args.env_id, frameskip=1, disable_env_checker=True, **kwargs).unwrapped
+    env = make_emulator(args, render_mode)
     if args.noop_max > 0:
         env = NoopResetEnv(env, args.noop_max)
     env = MaxAndSkipEnv(env, args.frame_skip)
@@ -818,6 +891,7 @@ class Agent(nn.Module):
     ):
         super().__init__()
         self.dtype = torch.float32  # of the network's arithmetic; the heads compute in float32
+        self.greedy = False  # whether it takes the most probable action in place of a sample
         self.network = make_network()
         self.critic_network = None if shared_network else make_network()
         with torch.no_grad():  # a copy, since buffers and modes shall stay as they are
@@ -846,6 +920,8 @@ class Agent(nn.Module):
         value = self.critic(critic_hidden).flatten()
         log_probs = self.actor(hidden).log_softmax(-1)
         probs = log_probs.exp()
+        if action is None and self.greedy:
+            action = probs.argmax(-1)
         if action is None:
             if uniform is None:
                 uniform = torch.rand(len(obs), device=obs.device)
@@ -1430,6 +1506,19 @@ def load_file(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Without what a library prints past Python."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 class Film:
     """A game as videos/<step>.webm (VP8, which browsers play) and as a GIF for TensorBoard's Images
     tab. Frames are written as they come and end after five minutes; the GIF keeps at most 600 of
@@ -1454,7 +1543,8 @@ class Film:
             height, width, _ = screen.shape
             path = f"{self.folder.name}/film.webm"
             code = cv2.VideoWriter_fourcc(*"VP80")
-            self.writer = cv2.VideoWriter(path, code, self.fps, (2 * width, 2 * height))
+            with silent_stderr():  # OpenCV says that the tag is not supported, and it is
+                self.writer = cv2.VideoWriter(path, code, self.fps, (2 * width, 2 * height))
         blue_green_red = screen[..., ::-1]
         self.writer.write(blue_green_red.repeat(2, axis=0).repeat(2, axis=1))
         if self.num_frames % self.gif_interval == 0:
@@ -1497,13 +1587,15 @@ class RunDirectory:
     """What a run writes: files, TensorBoard's events and its progress on the terminal. One process
     at a time may write to a directory."""
 
-    def __init__(self, path: Path, purge_step: int | None = None):
-        """purge_step: TensorBoard drops what an interrupted run wrote from this step on."""
+    def __init__(self, path: Path, purge_step: int | None = None, tracker: Any = None):
+        """purge_step: TensorBoard drops what an interrupted run wrote from this step on. tracker:
+        a run of Weights & Biases, which ends with this one."""
         from torch.utils.tensorboard import SummaryWriter  # here, since workers do without it
 
         if not os.access(path, os.W_OK):
             raise UserError(f"cannot write to {path}")
         self.path = path
+        self.tracker = tracker
         self.lock = None
         self.bar = None
         with suppress(ImportError):  # a system without locks goes without
@@ -1521,6 +1613,8 @@ class RunDirectory:
         if self.bar is not None:
             self.bar.close()
         self.writer.close()
+        if self.tracker is not None:
+            self.tracker.finish()
         if self.lock is not None:
             os.close(self.lock)
 
@@ -1542,7 +1636,7 @@ class RunDirectory:
                 "threads": torch.get_num_threads(),
             },
         }
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        command = ["git", "-C", str(PATH.parent), "describe", "--always", "--dirty"]
         with suppress(OSError):  # not every machine has git
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             about["git"] = done.stdout.strip()
@@ -1559,16 +1653,22 @@ class RunDirectory:
         table = "\n".join(["|flag|value|", "|-|-|", *rows])
         self.writer.add_text("hyperparameters", table)
         main_tags = [
+            "charts/return_100",
             "charts/episodic_return",
             "charts/SPS",
             "losses/explained_variance",
             "losses/approx_kl",
         ]
-        for summary in hparams(args.flags, {main_tags[0]: 0}):  # add_hparams would make a sub-run
+        # None as text, so that each flag is a column; and add_hparams would make a sub-run
+        values = {name: "none" if value is None else value for name, value in args.flags.items()}
+        for summary in hparams(values, {"charts/return_100": 0, "eval/episodic_return": 0}):
             self.writer.file_writer.add_summary(summary)
         self.writer.add_custom_scalars({"PPO": {tag: ["Multiline", [tag]] for tag in main_tags}})
 
-    def begin_progress(self, total: int, step: int) -> None:
+    def begin_progress(self, args: Args, step: int) -> None:
+        total = args.num_iterations * args.batch_size
+        if total < args.total_timesteps:
+            print(f"{total:,} steps, which are whole rollouts of {args.batch_size:,}", flush=True)
         disable = True if sys.stderr is None else None  # None: only on a terminal is there a bar
         self.bar = tqdm(total=total, initial=step, unit="steps", disable=disable)
         self.first_step = step
@@ -1604,15 +1704,22 @@ class RunDirectory:
             print(f"{progress}, {speed:,.0f} steps/s, {left} left", flush=True)
             self.printed = now
 
-    def say_how_to_go_on(self, step: int) -> None:
+    def say_how_it_ended(self, args: Args, recent_returns: deque, step: int) -> None:
+        """Where the run is, its return, and what to do next."""
         path = shlex.quote(str(self.path))
-        if step < self.bar.total:
-            message = (
-                f"stopped and saved at step {step:,}; to go on: python {SCRIPT} --resume {path}"
-            )
+        if step == self.bar.total:
+            evaluation = f"python {SCRIPT} --evaluate {path}"
+            ending = f"the training is complete: {path}; to evaluate it: {evaluation}"
         else:
-            message = f"the training is complete; its score: python {SCRIPT} --evaluate {path}"
-        print(message, flush=True)
+            program = f"python {SCRIPT}"
+            if args.world_size > 1:
+                processes = f"--nproc-per-node={args.local_world_size}"
+                program = f"torchrun --standalone {processes} {SCRIPT}"
+            ending = f"stopped and saved at step {step:,}; to go on: {program} --resume {path}"
+        if recent_returns:
+            mean = np.mean(recent_returns)
+            print(f"mean return of the last {len(recent_returns)} games: {mean:.1f}")
+        print(ending, flush=True)
 
     def add_picture(self, tag: str, obs: np.ndarray, screen: np.ndarray, step: int) -> None:
         """What the agent sees, the stacked frames [k, L, L], beside the raw screen [H, W, 3]."""
@@ -1637,6 +1744,7 @@ class RunDirectory:
         summary = Summary(value=[Summary.Value(tag="eval/video", image=image)])
         self.writer.file_writer.add_summary(summary, step)
         self.add_picture("eval/observation", *film.sight, step)
+        print(f"film: {self.path}/videos/{step}.webm", flush=True)
 
 
 def make_run_directory(args: Args) -> Path:
@@ -1658,34 +1766,45 @@ def make_run_directory(args: Args) -> Path:
             return path
 
 
-def start_tracking(args: Args, path: Path) -> None:
+def start_tracking(args: Args, path: Path) -> Any:
     """--track: a Weights & Biases run that mirrors what TensorBoard gets."""
     try:
         import wandb
     except ImportError:
         raise UserError("--track needs Weights & Biases: pip install wandb") from None
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        name=args.wandb_name or path.name,
-        id=re.sub(r"[:;,#?']", "-", path.name),  # which it refuses
-        resume="allow",
-        config=args.flags,
-        sync_tensorboard=True,
-    )
+    try:
+        return wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=args.wandb_name or path.name,
+            id=re.sub(r"[:;,#?']", "-", path.name),  # which it refuses
+            resume="allow",
+            config=args.flags,
+            sync_tensorboard=True,
+        )
+    except wandb.errors.Error as error:
+        advice = "run `wandb login`, or set WANDB_MODE=offline"
+        raise UserError(f"--track: {' '.join(str(error).split())[:200]}; {advice}") from None
 
 
 def open_run(args: Args, step: int) -> RunDirectory:
     """The directory of --resume, or a new one; with --track, also the run that mirrors it."""
     if args.resume is not None:
         path = Path(args.resume)
-        purge_step = step + 1
+    elif args.run_dir is not None:
+        path = Path(args.run_dir)
+        path.mkdir(parents=True, exist_ok=True)
     else:
         path = make_run_directory(args)
-        purge_step = None
+    tracker = None
     if args.track:
-        start_tracking(args, path)
-    return RunDirectory(path, purge_step)
+        try:
+            tracker = start_tracking(args, path)
+        except UserError:
+            if not any(path.iterdir()):  # nothing has begun
+                path.rmdir()
+            raise
+    return RunDirectory(path, step + 1, tracker)
 
 
 # ----------------------------------------------------------------------------------- 7 checkpoint
@@ -1745,8 +1864,8 @@ class Generator:
 
 
 class StopRequest:
-    """Until it is left, Ctrl-C and SIGTERM ask for an end between two iterations, or between two
-    steps of an evaluation. A second Ctrl-C raises KeyboardInterrupt."""
+    """Until it is left, STOP_SIGNALS such as Ctrl-C ask for an end between two iterations, or
+    between two steps of an evaluation. A second Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self, doing: str):
         self.doing = doing
@@ -1755,8 +1874,12 @@ class StopRequest:
         self.pid = os.getpid()
 
     def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python allows handlers there only
         for signum in STOP_SIGNALS:
-            self.handlers[signum] = signal.signal(signum, self.handle)
+            ignored = signal.getsignal(signum) == signal.SIG_IGN
+            if signum == signal.SIGINT or not ignored:  # nohup ignores SIGHUP
+                self.handlers[signum] = signal.signal(signum, self.handle)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -1767,7 +1890,8 @@ class StopRequest:
         if os.getpid() != self.pid:  # a worker that has just been forked
             return
         self.signum = signum
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGINT in self.handlers:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with suppress(OSError, RuntimeError):  # of a broken terminal; of a print within a print
             print(f"\n{self.doing} (Ctrl-C again: stop at once)", file=sys.stderr, flush=True)
 
@@ -1877,9 +2001,12 @@ def score_agent(
     if args.rank > 0 or args.eval_episodes == 0:
         return
     film = None
-    if args.capture_video and run is not None:
+    if args.capture_video and run is None:
+        print(f"{SCRIPT}: no film: --output DIR says where to write it", file=sys.stderr)
+    elif args.capture_video:
         film = Film(fps=max(1, round(60 / args.frame_skip)))
     policy = inference_copy(agent, choose_dtype(args, CPU), CPU)
+    policy.greedy = args.greedy
     games = play_full_games(args, policy, args.eval_episodes, stop, film)
     random_games = play_full_games(args, None, args.eval_episodes, stop)
     if stop.signum:
@@ -1957,6 +2084,9 @@ def train(args: Args) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest("stopping as soon as everything has started"))
         envs = stack.enter_context(closing(ParallelEnvs(args, env.observation_space)))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if "OMP_NUM_THREADS" not in os.environ:  # torch knows nothing of a container's quota
+            torch.set_num_threads(min(torch.get_num_threads(), args.cores))
         device = choose_device(args)
         agent.dtype = choose_dtype(args, device)
         agent.to(device)
@@ -2000,7 +2130,7 @@ def train(args: Args) -> int:
         if args.rank == 0:
             run = stack.enter_context(closing(open_run(args, step)))
             run.describe(args, device, agent.dtype)
-            run.begin_progress(args.num_iterations * args.batch_size, step)
+            run.begin_progress(args, step)
             if args.resume is None:
                 run.begin_events(args)
                 run.add_picture("observation", first_obs, first_screen, step)
@@ -2067,6 +2197,8 @@ def train(args: Args) -> int:
             games = sorted(sum(gather(envs.take_ended()), []))
             for _, _, game_return, _ in games:
                 state["recent_returns"].append(game_return)
+            if state["recent_returns"]:
+                scalars["charts/return_100"] = float(np.mean(state["recent_returns"]))
             if run is not None:
                 run.log_games(games, args, step)
             state["iteration"] = iteration
@@ -2087,11 +2219,16 @@ def train(args: Args) -> int:
         if not stop.agreed():
             stop.doing = "stopping the evaluation"
             score_agent(args, agent, step, run, stop)
-        if stop.signum == 0:
-            return 0
         if run is not None:
-            run.say_how_to_go_on(step)
-        return 128 + stop.signum
+            run.say_how_it_ended(args, state["recent_returns"], step)
+        return 128 + stop.signum if stop.signum else 0
+
+
+def check_display() -> None:
+    """UserError where no window can be opened: SDL would draw into nothing, without a word."""
+    names = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        raise UserError("--play needs a display, and there is none here")
 
 
 def evaluate(args: Args) -> int:
@@ -2113,7 +2250,9 @@ def evaluate(args: Args) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest("stopping the evaluation"))
         if args.play:
+            check_display()
             policy = inference_copy(agent, choose_dtype(args, CPU), CPU)
+            policy.greedy = args.greedy
             games = play_full_games(args, policy, 1, stop, render_mode="human")
             for game_return, length in games:
                 print(f"score {game_return:g} in {length} steps")
@@ -2135,17 +2274,31 @@ def evaluate(args: Args) -> int:
 
 
 def play(args: Args) -> int:
-    """--play: a person plays the game in a window, at its real speed."""
+    """--play: a person plays the game in a window, at its real speed, with arrows or letters."""
     try:
+        import pygame
         from gymnasium.utils.play import play as play_in_window
     except (ImportError, gym.error.DependencyNotInstalled):
         raise UserError("--play needs pygame: pip install pygame") from None
+    check_display()
     env = make_env(args, render_mode="rgb_array").unwrapped
-    meanings = env.get_action_meanings()
+    arrows = {"w": pygame.K_UP, "s": pygame.K_DOWN, "a": pygame.K_LEFT, "d": pygame.K_RIGHT}
+    names = {" ": "space", "w": "w or up", "s": "s or down", "a": "a or left", "d": "d or right"}
+    keys_to_action = {}
+    print("keys (Escape ends the game):")
     for keys, action in env.get_keys_to_action().items():
-        names = ["space" if key == " " else key for key in keys]
-        print(f"{' + '.join(names):>14}  {meanings[action]}")
-    play_in_window(env, fps=60, zoom=3, noop=find_action(env, "NOOP") or 0, seed=args.seed)
+        keys_to_action[keys] = action
+        keys_to_action[tuple(arrows.get(key, key) for key in keys)] = action
+        typed = " + ".join(names.get(key, key) for key in keys)
+        print(f"{typed:>30}  {env.get_action_meanings()[action]}")
+    play_in_window(
+        env,
+        fps=60,
+        zoom=3,
+        keys_to_action=keys_to_action,
+        noop=find_action(env, "NOOP") or 0,
+        seed=args.seed,
+    )
     return 0
 
 
@@ -2172,4 +2325,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code != 0:  # a notebook takes any SystemExit for an error
+        sys.exit(exit_code)

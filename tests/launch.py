@@ -124,9 +124,13 @@ def two_ranks(
 
 
 def finish(process: Any, timeout: float = 300) -> int:
-    """Waits for either kind of process and returns its exit code."""
+    """Waits for either kind of process and returns its exit code. One that hangs is killed."""
     if isinstance(process, subprocess.Popen):
-        return process.wait(timeout)
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     process.join(timeout)
     assert process.exitcode is not None, "the process hangs"
     return process.exitcode

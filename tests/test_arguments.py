@@ -70,6 +70,7 @@ MISTAKES = [
     ("--resume=", "args.json"),
     ("--output=", "--evaluate"),
     ("--output there", "--evaluate"),
+    ("--run-dir there --play", "--run-dir"),
     ("--clip-coef 1e39", "--clip-coef"),
     ("--learning-rate 1e-60", "--learning-rate"),
     ("--ent-coef-final 1e300", "--ent-coef-final"),
@@ -398,6 +399,9 @@ OTHER_VALUES = {
     "frame_skip": 2,
     "frame_size": 44,
     "frame_stack": 2,
+    "mode": 4,
+    "difficulty": 1,
+    "max_episode_frames": 18_000,
     "repeat_action_probability": 0.0,
 }
 MAY_CHANGE = {
@@ -408,6 +412,7 @@ MAY_CHANGE = {
     "checkpoint_interval",
     "eval_episodes",
     "eval_interval",
+    "greedy",
     "capture_video",
     "track",
     "wandb_project_name",
@@ -421,7 +426,7 @@ def test_what_may_change_with_resume(tmp_path, capsys):
     """Every flag is tried: what the file of the run says, typed again, is always welcome."""
     flags = run_with(tmp_path).flags
     resume = ["--resume", str(tmp_path)]
-    tried = {"resume", "evaluate", "output", "play"}  # which are about one call
+    tried = {"resume", "run_dir", "evaluate", "output", "play"}  # which are about one call
     for name, value in flags.items():
         if name in tried:
             continue
@@ -541,13 +546,15 @@ def test_every_detail_of_the_paper_is_marked():
 
 
 def test_readme_names_every_flag_that_exists_and_no_other():
-    """Besides this script's flags: those of the programs in tests/, of the recipes there, and of
-    other tools."""
+    """Besides this script's flags: those of its own examples, of the programs in tests/, of the
+    recipes there, and of other tools."""
     flags = {"--" + name.replace("_", "-") for name in parse_args([]).flags}
-    named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "README.md").read_text()))
+    readme = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"--[a-z][a-z-]+", readme))
     others = {"--logdir", "--standalone", "--nproc-per-node", "--nnodes", "--node-rank"}
     others |= {"--master-addr", "--help", "--flag", "--no-flag", "--dist"}
     others |= {flag.replace("--", "--no-", 1) for flag in flags}
+    others |= {f"--{name}" for name in re.findall(r'flag\(\w+, "([a-z-]+)"', readme)}
     for path in (ROOT / "tests").glob("*.py"):
         others |= set(re.findall(r'(?:add_argument|flag)\(\s*"(--[a-z-]+)"', path.read_text()))
     for path in (ROOT / "tests").glob("recipes/*"):

@@ -368,7 +368,7 @@ def test_signal_during_the_final_evaluation(signum, tmp_path, monkeypatch, capfd
     assert 0 < len(since) <= 4, "it played on"
     run = run_directory(tmp_path)
     assert torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] == 2
-    assert not (run / "eval.json").exists() and "mean" not in out
+    assert not (run / "eval.json").exists() and "full games" not in out
     said = out + error
     assert "complete" in said and not re.search("--resume|iteration|Traceback", said), said
     assert "evaluation" in error
@@ -407,7 +407,7 @@ def test_signal_during_an_evaluation_in_between(tmp_path, monkeypatch, capfd, un
     code, out, error = here(capfd, *GAME, *flags)
     assert code == 130 and 0 < len(since) <= 20, error
     run = run_directory(tmp_path)
-    assert f"--resume {run.relative_to(tmp_path)}" in out and "mean" not in out
+    assert f"--resume {run.relative_to(tmp_path)}" in out and "full games" not in out
     assert torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] == 2
 
 
