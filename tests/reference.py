@@ -1,8 +1,8 @@
-"""What is worth keeping of finished runs, in runs/reference/, and the README's tables of it.
+"""What is worth keeping of finished runs, in runs/reference/, and the tables of it.
 
     python tests/reference.py RUN_DIRECTORY ...           keep runs whole: one seed of each game
     python tests/reference.py --brief RUN_DIRECTORY ...   keep curves, flags and scores only
-    python tests/reference.py --table                     print the README's tables
+    python tests/reference.py --table                     print the tables of the pages
     python tests/reference.py --picture OUT.png           draw all games, with the spread of seeds
 
 --brief is for the other seeds; tables and picture are of what is kept. Kept are the scalars as one
@@ -25,20 +25,35 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 REFERENCE = Path(__file__).resolve().parents[1] / "runs" / "reference"
-# After 10 000 000 steps: openai/baselines, CleanRL's ppo_atari.py, both from CleanRL's
-# documentation, and the best known.
+# Means and standard deviations of three seeds after 10 000 000 steps: openai/baselines and CleanRL
+# (ppo_atari.py), from CleanRL's documentation, and CleanRL's EnvPool variant that bootstraps
+# truncated games, ppo_atari_envpool_xla_jax_truncation, from vwxyzjn/ppo-atari-metrics. For sticky
+# actions: SLM-Lab, 16 environments, the best of three lambdas.
 PUBLISHED = {
-    "BreakoutNoFrameskip-v4": ("406.57 ± 31.55", "414.66 ± 28.09", "430.1 ± 8.1"),
-    "PongNoFrameskip-v4": ("20.51 ± 0.50", "20.36 ± 0.20", "20.82 ± 0.21"),
-    "BeamRiderNoFrameskip-v4": ("2 642.97 ± 670.37", "1 915.93 ± 484.58", "2 861 ± 801"),
-    "QbertNoFrameskip-v4": ("", "", "17 246 ± 605"),
-    "SeaquestNoFrameskip-v4": ("", "", "1 518 ± 400"),
-    "SpaceInvadersNoFrameskip-v4": ("", "", "1 189 ± 81"),
-    "ALE/Breakout-v5": ("", "", "326.5 (16 environments, lambda 0.70: SLM-Lab)"),
+    "BreakoutNoFrameskip-v4": ("406.57 ± 31.55", "414.66 ± 28.09", "465.9 ± 14"),
+    "PongNoFrameskip-v4": ("20.51 ± 0.50", "20.36 ± 0.20", "20.62"),
+    "BeamRiderNoFrameskip-v4": ("2 642.97 ± 670.37", "1 915.93 ± 484.58", "3 134 ± 293"),
+    "SpaceInvadersNoFrameskip-v4": ("1 020 ± 49", "", "1 164"),
+    "QbertNoFrameskip-v4": ("15 228 ± 921", "", "17 319 ± 386"),
+    "SeaquestNoFrameskip-v4": ("1 518 ± 400", "", "1 203"),
+    "MsPacmanNoFrameskip-v4": ("2 153 ± 153", "", "2 574 ± 590"),
+    "EnduroNoFrameskip-v4": ("987 ± 25", "", "1 178"),
+    "ALE/Breakout-v5": ("", "", "326 (SLM-Lab)"),
 }
 MILESTONES = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000)
+CURVES = [
+    "losses/value_loss",
+    "losses/policy_loss",
+    "losses/entropy",
+    "losses/approx_kl",
+    "losses/old_approx_kl",
+    "losses/clipfrac",
+    "losses/explained_variance",
+    "losses/grad_norm",
+]
 GOALS = {
     "PongNoFrameskip-v4": (18,),
     "BreakoutNoFrameskip-v4": (100, 400),
@@ -57,18 +72,6 @@ def scalars(run: Path, *tags: str) -> list[tuple[np.ndarray, np.ndarray]]:
     return curves
 
 
-def last_100(steps: np.ndarray, returns: np.ndarray, thinned: bool) -> np.ndarray:
-    """At each point, the mean of the last 100 games; of a thinned curve, of the last 100 000
-    steps."""
-    total = np.concatenate([[0.0], np.cumsum(returns)])
-    last = np.arange(1, len(total))
-    if thinned:
-        first = np.searchsorted(steps, steps - 100_000, side="right")
-    else:
-        first = np.maximum(0, last - 100)
-    return (total[last] - total[first]) / (last - first)
-
-
 def stretches(points: list, every: int) -> Iterator[list]:
     """The points of each stretch of `every` steps."""
     for _, stretch in groupby(points, lambda point: point.step // every):
@@ -76,28 +79,16 @@ def stretches(points: list, every: int) -> Iterator[list]:
 
 
 def thin(run: Path, target: Path, images: bool, every: int = 10_000) -> None:
-    """Writes the mean of each scalar over each stretch of steps, at its last step and time;
-    evaluations whole.
-
-    charts/return_100, the mean of the last 100 games, is added: it cannot be computed from the
-    means.
-    """
+    """Writes the mean of each scalar over each stretch of steps, at its last step and time; of
+    evaluations, and of what is a mean already, the last value."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
     writer = SummaryWriter(str(target))
     for tag in events.Tags()["scalars"]:
         points = events.Scalars(tag)
-        if tag == "charts/episodic_return":
-            steps = np.array([point.step for point in points])
-            means = last_100(steps, np.array([point.value for point in points]), False)
-            at = -1
-            for stretch in stretches(points, every):
-                at += len(stretch)
-                last = stretch[-1]
-                writer.add_scalar("charts/return_100", means[at], last.step, last.wall_time)
         for stretch in stretches(points, every):
             last = stretch[-1]
             value = np.mean([point.value for point in stretch])
-            if tag.startswith("eval/"):
+            if tag.startswith("eval/") or tag == "charts/return_100":
                 value = last.value
             writer.add_scalar(tag, value, last.step, last.wall_time)
     if images:
@@ -107,6 +98,10 @@ def thin(run: Path, target: Path, images: bool, every: int = 10_000) -> None:
             image.encoded_image_string = last.encoded_image_string
             summary = Summary(value=[Summary.Value(tag=tag, image=image)])
             writer.file_writer.add_summary(summary, last.step)
+    flags = json.loads((run / "args.json").read_text())["flags"]
+    values = {name: "none" if value is None else value for name, value in flags.items()}
+    for summary in hparams(values, {"charts/return_100": 0, "eval/episodic_return": 0}):
+        writer.file_writer.add_summary(summary)  # a row in TensorBoard's HParams tab
     writer.close()
 
 
@@ -125,9 +120,9 @@ def keep(run: Path, brief: bool) -> None:
             if "network" in name:
                 content["weights"][name] = tensor.bfloat16()
         torch.save(content, target / "agent.pt")
-        from plot import main as plot
+        from plot import plot
 
-        plot(target / "curve.png", run)
+        plot(target / "curve.png", [run])
     print(target, f"{sum(path.stat().st_size for path in target.iterdir()) / 2**20:.1f} MB")
 
 
@@ -135,10 +130,7 @@ def facts(run: Path) -> dict:
     """What the tables say of one kept run."""
     flags = json.loads((run / "args.json").read_text())["flags"]
     evaluated = json.loads((run / "eval.json").read_text())
-    tags = ("charts/return_100", "charts/episodic_return", "charts/SPS")
-    curve, games, (_, speeds) = scalars(run, *tags)
-    if not len(curve[0]):  # kept before that curve was
-        curve = games[0], last_100(*games, True)
+    curve, (_, speeds) = scalars(run, "charts/return_100", "charts/SPS")
     return {
         "game": flags["env_id"],
         "seed": flags["seed"],
@@ -183,12 +175,25 @@ def row(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |")
 
 
-def table() -> None:
-    kept = groups()
-    columns = ["game", "steps", "seeds", "training, last 100 games", "evaluation, full games"]
-    columns += ["random play", "openai/baselines", "CleanRL", "best known", "hours"]
+def heading(*columns: str) -> None:
+    print()
     row(*columns)
     row(*["---"] * len(columns))
+
+
+def short_table(kept: dict) -> None:
+    heading("game", "seeds", "this script", "openai/baselines", "random play")
+    for (game, total), runs in kept.items():
+        published = PUBLISHED.get(game, ("",))[0] if total >= 10_000_000 else ""
+        returns = spread([run["return"] for run in runs])
+        random = number(np.mean([run["random"] for run in runs]))
+        row(f"`{game}`", len(runs), returns, published, random)
+
+
+def full_table(kept: dict) -> None:
+    columns = ["game", "steps", "seeds", "training, last 100 games", "evaluation, full games"]
+    columns += ["random play", "openai/baselines", "CleanRL", "CleanRL, EnvPool", "hours"]
+    heading(*columns)
     for (game, total), runs in kept.items():
         steps = min(run["steps"] for run in runs)
         length = number(steps, 0)
@@ -210,17 +215,23 @@ def table() -> None:
             *published,
             extent([run["steps"] / run["steps_per_hour"] for run in runs]),
         )
-    print()
+
+
+def milestone_table(kept: dict) -> None:
     milestones = [number(milestone, 0) for milestone in MILESTONES]
-    row("game", *milestones, "reached, after hours")
-    row(*["---"] * (len(MILESTONES) + 2))
-    for (game, total), runs in kept.items():
+    heading("game", *milestones)
+    for (game, _), runs in kept.items():
         cells = []
         for milestone in MILESTONES:
             reached = [run for run in runs if run["steps"] >= 0.99 * milestone]
             values = [run["curve"][1][run["curve"][0] <= milestone][-1] for run in reached]
             cells.append(number(np.mean(values)) if values else "")
-        goals = []
+        row(f"`{game}`", *cells)
+
+
+def goal_table(kept: dict) -> None:
+    heading("game", "return", "reached after hours")
+    for (game, _), runs in kept.items():
         for goal in GOALS.get(game, ()):
             first = []
             for run in runs:
@@ -229,9 +240,29 @@ def table() -> None:
                 if len(above):
                     first.append(above[0] / run["steps_per_hour"])
             if first:
-                some = f" ({len(first)} of {len(runs)} seeds)" if len(first) < len(runs) else ""
-                goals.append(f"{goal}: {extent(first)}{some}")
-        row(f"`{game}` ({number(total, 0)} steps)", *cells, "; ".join(goals))
+                row(f"`{game}`", goal, f"{extent(first)} ({len(first)} of {len(runs)} seeds)")
+
+
+def range_table() -> None:
+    """Where each curve of the kept runs lies, after the first 500 000 steps: 5 % of the points are
+    below, 5 % above."""
+    heading("curve", "usual")
+    points = defaultdict(list)
+    for path in sorted(REFERENCE.glob("*/eval.json")):
+        for tag, (steps, values) in zip(CURVES, scalars(path.parent, *CURVES)):
+            points[tag].extend(values[steps > 500_000])
+    for tag in CURVES:
+        low, high = np.percentile(points[tag], (5, 95))
+        row(f"`{tag}`", f"{low:.2g} to {high:.2g}")
+
+
+def table() -> None:
+    kept = groups()
+    short_table(kept)
+    milestone_table(kept)
+    range_table()
+    full_table(kept)
+    goal_table(kept)
 
 
 def picture(out: Path) -> None:
@@ -239,6 +270,7 @@ def picture(out: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from plot import draw
 
     kept = groups()
     columns = int(np.ceil(len(kept) ** 0.5))
@@ -248,10 +280,7 @@ def picture(out: Path) -> None:
     for ax in axes.flat[len(kept) :]:
         ax.remove()
     for ax, ((game, _), runs) in zip(axes.flat, kept.items()):
-        grid = np.linspace(0, min(run["curve"][0][-1] for run in runs), 300)
-        curves = np.array([np.interp(grid, *run["curve"]) for run in runs])
-        ax.plot(grid, curves.mean(0))
-        ax.fill_between(grid, curves.min(0), curves.max(0), alpha=0.3)
+        draw(ax, [run["curve"] for run in runs])
         seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
         ax.set(title=f"{game}, {seeds}", xlabel="steps (4 frames each)")
         ax.grid(alpha=0.3)
@@ -264,7 +293,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path, help="run directories to keep")
     parser.add_argument("--brief", action="store_true", help="keep curves, flags and scores only")
-    parser.add_argument("--table", action="store_true", help="print the README's tables")
+    parser.add_argument("--table", action="store_true", help="print the tables of the pages")
     parser.add_argument("--picture", type=Path, help="draw all kept games into this file")
     options = parser.parse_args()
     for directory in options.runs:

@@ -6,7 +6,9 @@ bit-identical to the script.
 """
 
 import copy
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ RECIPES = {
     "hide_score": ["--hide-score", "17"],
     "kl_penalty": ["--kl-penalty", "1"],
     "rnd": ["--rnd"],
+    "adam_rel": ["--adam-rel"],
     "lstm": ["--lstm", "--num-envs", "4", "--num-minibatches", "2", "--total-timesteps", "320"],
 }
 PLACES = {
@@ -34,6 +37,7 @@ PLACES = {
     "hide_score": 3,
     "kl_penalty": 7,
     "rnd": 12,
+    "adam_rel": 2,
     "lstm": 14,
 }  # at most
 FLAGS = ["--env-id", "ALE/Breakout-v5", "--num-envs", "3", "--num-steps", "16"]
@@ -91,6 +95,8 @@ def test_places(recipe):
     diff = subprocess.run(["diff", "-U0", SCRIPT, module.__file__], capture_output=True, text=True)
     places = sum(line.startswith("@@") for line in diff.stdout.splitlines())
     assert 0 < places <= PLACES[name]
+    page = (SCRIPT.parent / "tests" / "README.md").read_text()
+    assert f"| `{name}.patch` | {places} |" in page
 
 
 def test_without_its_flag_nothing_changes(recipe, plain, tmp_path, monkeypatch):
@@ -139,6 +145,41 @@ def test_shipped_agents_load(recipe):
     name, module = recipe
     for path in REFERENCE:
         assert module.main(["--evaluate", str(path), *NO_EVALUATION]) == 0
+
+
+@pytest.mark.skipif(shutil.which("patch") is None, reason="patch is missing")
+def test_which_recipes_go_together(tmp_path):
+    """As the README says: one of each row, but for two pairs."""
+    rows = [("impala", "alive_bonus", "hide_score"), ("adam_rel", "kl_penalty", "rnd", "lstm")]
+    for pair in itertools.product(*rows):
+        shutil.copy(SCRIPT, tmp_path / "ppo_atari.py")
+        codes = []
+        for name in pair:
+            patch = SCRIPT.parent / "tests" / "recipes" / f"{name}.patch"
+            command = ["patch", "--silent", "--reject-file=-", "ppo_atari.py", patch]
+            codes.append(subprocess.run(command, cwd=tmp_path, capture_output=True).returncode)
+        assert (codes == [0, 0]) == (pair not in [("impala", "rnd"), ("impala", "lstm")]), pair
+
+
+@pytest.mark.parametrize(
+    ("title", "flags"),
+    [("Example 1", ["--alive-bonus", "0.01"]), ("Example 2", ["--kl-coef", "1"])],
+)
+def test_the_examples_of_the_readme(title, flags, plain, tmp_path, monkeypatch):
+    """Done as it says: in each part of the example, the last line is new."""
+    readme = (SCRIPT.parent / "README.md").read_text()
+    example = re.search(rf"{title}:.*?```python\n(.*?)```", readme, re.DOTALL)[1]
+    script = SCRIPT.read_text()
+    for part in example.strip("\n").split("\n\n"):
+        there, _, _ = part.rpartition("\n")
+        assert script.count(f"{there}\n") == 1
+        script = script.replace(f"{there}\n", f"{part}\n")
+    (tmp_path / "my_ppo.py").write_text(script)
+    copy = load(tmp_path / "my_ppo.py", "my_ppo")
+    arguments = ["--num-workers", "0", *NO_EVALUATION]
+    assert same_weights(weights(train(copy, tmp_path / "off", monkeypatch, *arguments)), plain)
+    run = train(copy, tmp_path / "on", monkeypatch, *arguments, *flags)
+    assert not same_weights(weights(run), plain)
 
 
 @pytest.mark.parametrize("name, kept", [("rnd", "return_int"), ("lstm", "memory")])
@@ -249,6 +290,32 @@ def test_kl_penalty(recipe, tmp_path, monkeypatch):
         flags += ["--num-workers", "0"]
         run = train(module, tmp_path / desired, monkeypatch, *flags, *NO_EVALUATION)
         assert checkpoint(run)["schedule"]["kl_penalty"] == factor**2
+
+
+@only("adam_rel")
+def test_adams_steps_are_counted_anew(recipe, tmp_path, monkeypatch, watch):
+    """Adam's formulas (Kingma and Ba, 2015) for one bias, in double precision: the step count is 1
+    at the first update of each iteration, and the moments are kept (Ellis et al., 2024)."""
+    _, module = recipe
+    updates = []
+
+    def see(given, stats):
+        bias = given["agent"].actor.bias
+        rate = given["schedule"]["learning_rate"].item()
+        updates.append((bias.grad.double().numpy(), rate, bias.detach().double().numpy()))
+
+    watch(module, "update", after=see)
+    train(module, tmp_path, monkeypatch, "--adam-rel", "--num-workers", "0", *NO_EVALUATION)
+    assert len(updates) == 5 * 2 * 4  # iterations, epochs, minibatches
+    bias = first_moment = second_moment = np.zeros(4)
+    for i, (gradient, rate, found) in enumerate(updates):
+        step = i % 8 + 1
+        first_moment = 0.9 * first_moment + 0.1 * gradient
+        second_moment = 0.999 * second_moment + 0.001 * gradient**2
+        mean = first_moment / (1 - 0.9**step)
+        deviation = np.sqrt(second_moment / (1 - 0.999**step))
+        bias = bias - rate * mean / (deviation + 1e-5)
+        np.testing.assert_allclose(found, bias, rtol=1e-3, atol=1e-8)
 
 
 @only("rnd")

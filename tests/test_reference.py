@@ -5,14 +5,18 @@ import hashlib
 import json
 import re
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import plot
 import pytest
 import reference
 import torch
 from launch import SCRIPT, load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import ppo_atari
 
@@ -59,12 +63,59 @@ def test_shipped_run_is_whole_and_small(run: Path):
     assert sum(path.stat().st_size for path in run.iterdir()) < 10 * 2**20
 
 
-def test_the_readme_has_the_tables_of_what_is_kept(capsys):
+KEPT = sorted(path.parent for path in REFERENCE.glob("*/eval.json"))
+
+
+@pytest.mark.parametrize("run", KEPT, ids=lambda run: run.name)
+def test_kept_runs_lie_beside_new_ones(run: Path):
+    """In TensorBoard: the mean of the last 100 games, and a row in the HParams tab."""
+    events = EventAccumulator(str(run)).Reload()
+    assert "charts/return_100" in events.Tags()["scalars"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_seeds_are_averaged(tmp_path, capsys):
+    """Runs of one name: the mean and the spread at each milestone and at the end of the shortest;
+    a picture. Values are those of return_100 at the last step until then."""
+    runs = []
+    for seed, value in ((1, 10.0), (2, 14.0)):
+        run = tmp_path / f"Game__mine__{seed}__100"
+        writer = SummaryWriter(str(run))
+        for step in range(50_000, 150_000 * seed, 50_000):
+            writer.add_scalar("charts/return_100", value * step, step)
+        writer.close()
+        runs.append(str(run))
+    SummaryWriter(str(tmp_path / "Game__mine__3__100")).close()
+    picture = tmp_path / "curve.png"
+    assert plot.main([str(picture), *runs, str(tmp_path / "Game__mine__3__100")]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "no game is over yet" in first
+    mean = "1 200 000.0 ± 282 842.7 (1 000 000.0, 1 400 000.0)"
+    assert lines == [f"Game__mine: 100 000 steps: {mean}"] * 2  # a milestone, and the end
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_needs_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.main([str(tmp_path / "curve.png"), str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "pip install matplotlib" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        plot.main(["--help"])
+    assert end.value.code == 0
+
+
+def test_the_pages_have_the_tables_of_what_is_kept(capsys):
+    """The README adds columns to one of them."""
     reference.table()
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     games = {json.loads((run / "eval.json").read_text())["env_id"] for run in RUNS}
-    assert len(lines) >= 4 + 2 * len(games)
-    assert set(lines) <= set((SCRIPT.parent / "README.md").read_text().splitlines())
+    assert len(lines) >= 4 + 3 * len(games)
+    pages = []
+    for page in (SCRIPT.parent / "README.md", REFERENCE / "README.md"):
+        pages += page.read_text().splitlines()
+    for line in lines:
+        assert any(there.startswith(line) for there in pages), line
 
 
 def script_of_the_ablation(commit: str, folder: Path, name: str = "ppo_atari.py") -> Path:

@@ -434,10 +434,10 @@ def test_table_and_picture_from_raw_lines_alone(tmp_path, capfd):
     assert call(capfd, *argv)[1].count("\n| x |") == 1
 
 
-def test_the_readme_has_the_tables_of_the_commands_in_it(tmp_path, capfd, monkeypatch):
+def test_the_page_has_the_tables_of_the_commands_in_it(tmp_path, capfd, monkeypatch):
     pytest.importorskip("scipy")
     monkeypatch.chdir(STUDY.parent.parent)
-    readme = Path("README.md").read_text()
+    readme = Path("runs/reference/README.md").read_text()
     commands = re.findall(r"^python tests/study.py (--table .*)$", readme, re.MULTILINE)
     assert commands
     picture = f" --picture {tmp_path}/out.png" if find_spec("matplotlib") else ""
