@@ -25,7 +25,7 @@ The sections, each of which uses only what stands above it, and what to change w
     4 parallel environments  worker processes, which play the games and know nothing of PPO
     5 PPO                    the loss and what is logged of it: ppo_loss
     6 run directory          files, TensorBoard, films
-    7 checkpoint             what state can be saved: pack, unpack
+    7 checkpoint             saving and loading it (what it can hold: pack, in section 2)
     8 programs               the training loop, what it stores of each step, and its state: train
     9 entry
 
@@ -103,6 +103,14 @@ class UserError(Exception):
 
 class WorkerError(Exception):
     """A worker process has ended, below its own traceback: one line, exit code 1."""
+
+
+def say(line: str) -> None:
+    """Prints a line. No training ends because nobody reads it: its terminal may be closed."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = None  # from now on, print() does nothing
 
 
 # ------------------------------------------------------------------------------------ 1 arguments
@@ -239,8 +247,8 @@ def check_args(args: Args, parser: Parser) -> None:
         parser.error(f"--frame-size must be 8m + 4 and at least 36, not {args.frame_size}")
     if not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", args.exp_name):
         parser.error("--exp-name must be 1 to 100 characters, without slashes")
-    if "" in (args.resume, args.evaluate, args.output):
-        parser.error("--resume, --evaluate and --output need a path: it is empty")
+    if "" in (args.resume, args.run_dir, args.evaluate, args.output):
+        parser.error("--resume, --run-dir, --evaluate and --output need a path: it is empty")
     if args.output is not None and args.evaluate is None:
         parser.error("--output is for --evaluate: training makes a directory in runs/")
     if args.run_dir is not None and (args.evaluate is not None or args.play):
@@ -340,7 +348,9 @@ def read_args(parser: Parser, argv: list[str] | None, saved_flags: Any, source: 
         advice = "a switch is --name or --no-name, without a value; --help lists all flags"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; {advice}")
     flag_names = list(vars(args))
-    if args.run_dir is not None and Path(args.run_dir, "checkpoint.pt").exists():
+    if args.run_dir is not None and args.resume is not None:
+        parser.error("--run-dir goes on by itself: leave out --resume")
+    if args.run_dir and os.path.exists(f"{args.run_dir}/checkpoint.pt"):
         argv = [*argv, f"--resume={args.run_dir}"]
         args = parser.parse_args(argv)
 
@@ -427,7 +437,7 @@ def parse_args(argv: list[str] | None = None, saved_flags: Any = None, source: s
     flag(ppo, "ent-coef-final", None, weight, "anneal the entropy bonus linearly to this")
     flag(ppo, "vf-coef", 0.5, weight, "of the value loss")
     flag(ppo, "max-grad-norm", 0.5, positive, "clip the global gradient norm to this")
-    flag(ppo, "target-kl", None, positive, "end an update after the epoch whose KL exceeds this")
+    flag(ppo, "target-kl", None, positive, "stop once an epoch's last minibatch has a larger KL")
 
     atari = parser.add_argument_group("the nine Atari details, and Machado et al. (2018)")
     flag(atari, "noop-max", 30, number(int, 0, 10_000), "frames of doing nothing at a game's start")
@@ -440,8 +450,8 @@ def parse_args(argv: list[str] | None = None, saved_flags: Any = None, source: s
     flag(atari, "shared-network", True, bool, "policy and value share the network")
     flag(atari, "scale-obs", True, bool, "scale pixels to [0, 1]")
     flag(atari, "full-action-space", False, bool, "all of the console's actions, mostly 18")
-    flag(atari, "mode", None, natural, "of the game (default: its first)")
-    flag(atari, "difficulty", None, natural, "of the game (default: its first)")
+    flag(atari, "mode", None, number(int, 0, 2**31 - 1), "of the game (default: its first)")
+    flag(atari, "difficulty", None, number(int, 0, 2**31 - 1), "of the game (default: its first)")
     flag(atari, "max-episode-frames", None, count, "cut longer games (default: the id's, 108000)")
     flag(atari, "repeat-action-probability", None, probability, "sticky (default: the id's)")
     return read_args(parser, argv, saved_flags, source)
@@ -622,7 +632,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     env = make_emulator(args, render_mode)
     if args.noop_max > 0:
         env = NoopResetEnv(env, args.noop_max)
-    env = MaxAndSkipEnv(env, args.frame_skip)
+    env = MaxAndSkipEnv(env, args.frame_skip)  # steps the emulator itself, and no wrapper beneath
     env = gym.wrappers.RecordEpisodeStatistics(env)  # beneath lives and clipping, as papers score
     env.saved = ("episode_returns", "episode_lengths")  # and not its clock
     if args.episodic_life:
@@ -894,8 +904,11 @@ class Agent(nn.Module):
         self.greedy = False  # whether it takes the most probable action in place of a sample
         self.network = make_network()
         self.critic_network = None if shared_network else make_network()
-        with torch.no_grad():  # a copy, since buffers and modes shall stay as they are
-            width = copy.deepcopy(self.network).eval()(torch.zeros(1, *obs_shape)).shape[1]
+        # A trial tells the width of the network's output. It is made with a copy in eval mode, so
+        # that buffers of the network itself, such as running means, stay as they are.
+        trial_network = copy.deepcopy(self.network).eval()
+        with torch.no_grad():
+            width = trial_network(torch.zeros(1, *obs_shape)).shape[1]
         self.actor = layer_init(nn.Linear(width, num_actions), std=0.01)  # nearly uniform at first
         self.critic = layer_init(nn.Linear(width, 1), std=1)
         self.to(memory_format=torch.channels_last)  # the first convolution is several times faster
@@ -912,7 +925,9 @@ class Agent(nn.Module):
         self, obs: Tensor, action: Tensor | None = None, uniform: Tensor | None = None
     ) -> Tensors:
         """action int64 [B], its log_prob [B], the policy's entropy [B] and the value [B]. Without
-        an action it samples one: the distribution function, inverted at uniform [B] in [0, 1)."""
+        an action it samples one: the distribution function, inverted at uniform [B], which are
+        random numbers in [0, 1). They come from outside, where each game has a generator of its
+        own, so that a game's actions do not depend on which games it is grouped with."""
         hidden = self.features(self.network, obs)
         critic_hidden = hidden
         if self.critic_network is not None:
@@ -952,8 +967,9 @@ def choose_dtype(args: Args, device: torch.device) -> torch.dtype:
 
 
 def inference_copy(agent: Agent, dtype: torch.dtype, device: torch.device) -> Agent:
-    """A copy that acts: in eval mode, with the network's weights kept in the dtype it computes in.
-    load_state_dict() brings it the agent's parameters and buffers."""
+    """A copy that acts: in eval mode, with the networks' weights kept in the dtype they compute in.
+    Heads, and any other module, stay in float32. load_state_dict() brings it the agent's parameters
+    and buffers."""
     policy = copy.deepcopy(agent).requires_grad_(False).eval().to(device)
     policy.dtype = dtype
     policy.network.to(dtype)
@@ -975,9 +991,10 @@ class Games:
         self.arrays = arrays
         self.envs = {}
         for i in indices:
-            seed = np.random.SeedSequence([args.seed, args.first_env + i]).generate_state(1)[0] >> 1
+            seed_sequence = np.random.SeedSequence([args.seed, args.first_env + i])
+            seed = int(seed_sequence.generate_state(1)[0]) >> 1  # below 2^31, as the emulator asks
             self.envs[i] = make_env(args)
-            self.arrays["obs"][i], _ = self.envs[i].reset(seed=int(seed))
+            self.arrays["obs"][i], _ = self.envs[i].reset(seed=seed)
             self.arrays["done"][i] = True
 
     def begin_rollout(self) -> None:
@@ -1126,12 +1143,12 @@ class ParallelEnvs:
         self.ended = []  # (t, i, return, length)
         self.workers = []
         try:
-            for k in range(args.workers):
-                share = np.array_split(others, args.workers)[k].tolist()
+            for index in range(args.workers):
+                share = np.array_split(others, args.workers)[index].tolist()
                 connection, worker_connection = context.Pipe()
                 target_args = (worker_connection, args, buffers, layout, share)
                 process = context.Process(target=worker_main, args=target_args, daemon=True)
-                self.workers.append(Worker(k, process, connection, share))
+                self.workers.append(Worker(index, process, connection, share))
                 process.start()
                 worker_connection.close()  # so that recv() notices the end of the worker
             if own:
@@ -1253,9 +1270,9 @@ def compute_gae(
     """[core 5] Generalized advantage estimation (Schulman et al., 2016): advantages and returns,
     both [T, N]. rewards are [T, N], values and dones [T + 1, N]; dones[t] is 1 where observation t
     starts a new episode."""
-    goes_on = 1 - dones[1:]
-    deltas = rewards + gamma * values[1:] * goes_on - values[:-1]
-    decays = gamma * gae_lambda * goes_on
+    next_nonterminal = 1 - dones[1:]
+    deltas = rewards + gamma * values[1:] * next_nonterminal - values[:-1]
+    decays = gamma * gae_lambda * next_nonterminal
     advantages = torch.empty_like(rewards)
     # NumPy's arrays, of the same memory: its small operations take a tenth of the time of torch's.
     numpy_advantages = advantages.numpy()
@@ -1315,12 +1332,13 @@ def make_schedule(args: Args, device: torch.device) -> Tensors:
     charts/<name> and checkpointed. Fill it in place, in anneal() or in the loop: a CUDA graph sees
     only that."""
     numbers = {"learning_rate": args.learning_rate, "ent_coef": args.ent_coef}
-    return {name: torch.tensor(number, device=device) for name, number in numbers.items()}
+    return {name: torch.tensor(value, device=device) for name, value in numbers.items()}
 
 
 def anneal(schedule: Tensors, args: Args, iteration: int) -> None:
-    """[core 4] Linear from the first iteration, 1, to 0 or to the final value in the iteration
-    after the last."""
+    """[core 4] The learning rate falls linearly: in the first iteration it has its full value, and
+    in the one after the last it would be 0. So does the entropy bonus, to its final value, if it
+    has one."""
     left = 1 - (iteration - 1) / args.num_iterations
     if args.anneal_lr:
         schedule["learning_rate"].fill_(args.learning_rate * left)
@@ -1399,7 +1417,8 @@ def update(
     schedule: Tensors,
     **minibatch: Tensor,
 ) -> Tensors:
-    """One gradient step on a minibatch. Returns what to log of it, 0-dimensional float32."""
+    """One gradient step on a minibatch, whose tensors have names, as CudaGraph asks for. Returns
+    what to log of it, 0-dimensional float32."""
     new = agent.get_action_and_value(minibatch["obs"], minibatch["action"])
     loss, stats = ppo_loss(new, minibatch, args, schedule)
     optimizer.zero_grad()
@@ -1493,7 +1512,7 @@ def write_file(path: Path, content: bytes | dict) -> None:
 
 def load_file(path: Path, *keys: str) -> dict[str, Any]:
     """A dictionary with these keys, or UserError. No code that the file holds is run."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path} does not exist")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
@@ -1583,6 +1602,24 @@ class FilmEnv(gym.Wrapper):
         return result
 
 
+def lock_directory(path: Path) -> int | None:
+    """Locks a directory until the returned descriptor is closed. UserError if another process has
+    locked it; None where the system, or the file system, has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise UserError(f"cannot write to {path}: another process does") from None
+        return None
+    return descriptor
+
+
 class RunDirectory:
     """What a run writes: files, TensorBoard's events and its progress on the terminal. One process
     at a time may write to a directory."""
@@ -1596,17 +1633,8 @@ class RunDirectory:
             raise UserError(f"cannot write to {path}")
         self.path = path
         self.tracker = tracker
-        self.lock = None
+        self.lock = lock_directory(path)
         self.bar = None
-        with suppress(ImportError):  # a system without locks goes without
-            import fcntl
-
-            self.lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self.lock)
-                raise UserError(f"cannot write to {path}: another process does") from None
         self.writer = SummaryWriter(path, purge_step=purge_step)
 
     def close(self) -> None:
@@ -1620,7 +1648,8 @@ class RunDirectory:
 
     def write(self, name: str, content: bytes | dict) -> None:
         folder = (self.path / name).parent
-        folder.mkdir(exist_ok=not folder.is_symlink())  # no link is followed out of the run
+        if folder != self.path:
+            folder.mkdir(exist_ok=not folder.is_symlink())  # no link is followed out of the run
         write_file(self.path / name, content)
 
     def describe(self, args: Args, device: torch.device, dtype: torch.dtype) -> None:
@@ -1641,9 +1670,9 @@ class RunDirectory:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             about["git"] = done.stdout.strip()
         self.write("args.json", json.dumps(about, indent=1).encode())
-        print(f"run directory: {self.path}")
-        workers = f"{args.workers} workers, {args.num_groups} groups of games"
-        print(f"{device}, {precision}, {workers}, {torch.get_num_threads()} threads", flush=True)
+        say(f"run directory: {self.path}")
+        shares = f"workers: {args.workers}, groups of games: {args.num_groups}"
+        say(f"{device}, {precision}, threads: {torch.get_num_threads()}, {shares}")
 
     def begin_events(self, args: Args) -> None:
         """The hyperparameters as text and in the HParams tab, and a tab of the main curves."""
@@ -1668,7 +1697,7 @@ class RunDirectory:
     def begin_progress(self, args: Args, step: int) -> None:
         total = args.num_iterations * args.batch_size
         if total < args.total_timesteps:
-            print(f"{total:,} steps, which are whole rollouts of {args.batch_size:,}", flush=True)
+            say(f"{total:,} steps, which are whole rollouts of {args.batch_size:,}")
         disable = True if sys.stderr is None else None  # None: only on a terminal is there a bar
         self.bar = tqdm(total=total, initial=step, unit="steps", disable=disable)
         self.first_step = step
@@ -1701,7 +1730,7 @@ class RunDirectory:
             speed = (step - self.first_step) / (now - self.started)
             left = timedelta(seconds=round((self.bar.total - step) / speed))
             progress = f"step {step:,} of {self.bar.total:,}, {status}"
-            print(f"{progress}, {speed:,.0f} steps/s, {left} left", flush=True)
+            say(f"{progress}, {speed:,.0f} steps/s, {left} left")
             self.printed = now
 
     def say_how_it_ended(self, args: Args, recent_returns: deque, step: int) -> None:
@@ -1718,8 +1747,8 @@ class RunDirectory:
             ending = f"stopped and saved at step {step:,}; to go on: {program} --resume {path}"
         if recent_returns:
             mean = np.mean(recent_returns)
-            print(f"mean return of the last {len(recent_returns)} games: {mean:.1f}")
-        print(ending, flush=True)
+            say(f"mean return of the last {len(recent_returns)} games: {mean:.1f}")
+        say(ending)
 
     def add_picture(self, tag: str, obs: np.ndarray, screen: np.ndarray, step: int) -> None:
         """What the agent sees, the stacked frames [k, L, L], beside the raw screen [H, W, 3]."""
@@ -1744,7 +1773,15 @@ class RunDirectory:
         summary = Summary(value=[Summary.Value(tag="eval/video", image=image)])
         self.writer.file_writer.add_summary(summary, step)
         self.add_picture("eval/observation", *film.sight, step)
-        print(f"film: {self.path}/videos/{step}.webm", flush=True)
+        say(f"film: {self.path}/videos/{step}.webm")
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory, unless it exists. UserError if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from None
 
 
 def make_run_directory(args: Args) -> Path:
@@ -1793,7 +1830,7 @@ def open_run(args: Args, step: int) -> RunDirectory:
         path = Path(args.resume)
     elif args.run_dir is not None:
         path = Path(args.run_dir)
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
     else:
         path = make_run_directory(args)
     tracker = None
@@ -1804,7 +1841,12 @@ def open_run(args: Args, step: int) -> RunDirectory:
             if not any(path.iterdir()):  # nothing has begun
                 path.rmdir()
             raise
-    return RunDirectory(path, step + 1, tracker)
+    try:
+        return RunDirectory(path, step + 1, tracker)
+    except UserError:
+        if tracker is not None:
+            tracker.finish()
+        raise
 
 
 # ----------------------------------------------------------------------------------- 7 checkpoint
@@ -1855,8 +1897,9 @@ def restore_state(state: dict[str, Any], checkpoint: dict[str, Any], rank: int) 
             state[name] = unpack(mine[name], state[name])
 
 
-class Generator:
-    """A generator of random numbers of which there is one in a process, for `state`."""
+class GlobalGenerator:
+    """NumPy's, Python's or CUDA's own generator of random numbers, with the two methods that
+    `state` asks for."""
 
     def __init__(self, state_dict: Callable, load_state_dict: Callable):
         self.state_dict = state_dict
@@ -2025,9 +2068,9 @@ def score_agent(
         "random_mean": float(np.mean(random_scores)),
         "random_scores": random_scores,
     }
-    print(f"evaluation at step {step:,}: {' '.join(f'{score:g}' for score in scores)}")
+    say(f"evaluation at step {step:,}: {' '.join(f'{score:g}' for score in scores)}")
     mean = f"mean {result['mean']:.2f} +- {result['std']:.2f} over {len(scores)} full games"
-    print(f"{mean}; a random policy: {result['random_mean']:.2f}", flush=True)
+    say(f"{mean}; a random policy: {result['random_mean']:.2f}")
     if run is not None:
         mean_length = float(np.mean(lengths))
         curves = {"eval/episodic_return": result["mean"], "eval/episodic_length": mean_length}
@@ -2039,7 +2082,8 @@ def score_agent(
 
 def make_rollout(args: Args, envs: ParallelEnvs, device: torch.device) -> dict[str, Tensor]:
     """What is stored of each step, [T + 1, N, ...]; row T is for what comes after the last step.
-    Observations lie where the network is, with the channels innermost, as it reads them."""
+    Observations lie where the network is, with the channels innermost, as it reads them; all else
+    lies on the CPU, which computes the advantages."""
     size = (args.num_steps + 1, args.local_envs)
     _, channels, height, width = envs.obs.shape
     images = torch.zeros(*size, height, width, channels, dtype=envs.obs.dtype, device=device)
@@ -2054,7 +2098,8 @@ def make_rollout(args: Args, envs: ParallelEnvs, device: torch.device) -> dict[s
 
 
 def train(args: Args) -> int:
-    """The algorithm. Returns the exit code: 0, or 130 or 143 if a signal ended it early."""
+    """The algorithm. Returns the exit code: 0, or 128 + the signal that ended it early, such as 130
+    for Ctrl-C."""
     # SETUP, in this order: the workers are forked before threads, CUDA, TensorBoard and the process
     # group come to life, which do not survive it.
     if args.use_gpu and args.num_envs % args.num_groups:
@@ -2064,10 +2109,11 @@ def train(args: Args) -> int:
         checkpoint = load_checkpoint(Path(args.resume, "checkpoint.pt"), args)
         if checkpoint["iteration"] >= args.num_iterations:
             more = f"--total-timesteps {(checkpoint['iteration'] + 1) * args.batch_size} or more"
-            print(f"{args.resume} is complete; {more} goes on, --evaluate plays its agent")
+            if args.rank == 0:
+                say(f"{args.resume} is complete; {more} goes on, --evaluate plays its agent")
             return 0
         if args.total_timesteps != checkpoint["flags"]["total_timesteps"] and args.rank == 0:
-            print(f"the run is now {args.total_timesteps:,} steps long, and the annealing follows")
+            say(f"the run is now {args.total_timesteps:,} steps long, and the annealing follows")
     torch.manual_seed(args.seed)  # the same first weights in every process
     env = make_env(args, render_mode="rgb_array")
     first_obs, _ = env.reset(seed=args.seed)
@@ -2084,15 +2130,18 @@ def train(args: Args) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest("stopping as soon as everything has started"))
         envs = stack.enter_context(closing(ParallelEnvs(args, env.observation_space)))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        num_threads = torch.get_num_threads()
+        stack.callback(torch.set_num_threads, num_threads)  # in the end, for who called main()
         if "OMP_NUM_THREADS" not in os.environ:  # torch knows nothing of a container's quota
-            torch.set_num_threads(min(torch.get_num_threads(), args.cores))
+            torch.set_num_threads(min(num_threads, args.cores))
         device = choose_device(args)
         agent.dtype = choose_dtype(args, device)
         agent.to(device)
         optimizer = make_optimizer(args, agent)
         schedule = make_schedule(args, device)
-        if args.world_size > 1:  # after the optimizer, whose imports would keep the group alive
+        if args.world_size > 1:
+            # After the optimizer: the first one imports what would keep an earlier group alive,
+            # and its threads then crash the interpreter's end now and then.
             join_processes(args, device)
             stack.callback(dist.destroy_process_group)
 
@@ -2115,13 +2164,13 @@ def train(args: Args) -> int:
             "action_generators": action_generators,
             "shuffler": shuffler,
             "torch": torch.default_generator,
-            "numpy": Generator(np.random.get_state, np.random.set_state),
-            "python": Generator(random.getstate, random.setstate),
+            "numpy": GlobalGenerator(np.random.get_state, np.random.set_state),
+            "python": GlobalGenerator(random.getstate, random.setstate),
         }
         if device.type == "cuda":
             get_cuda_state = partial(torch.cuda.get_rng_state, device)
             set_cuda_state = partial(torch.cuda.set_rng_state, device=device)
-            state["cuda"] = Generator(get_cuda_state, set_cuda_state)
+            state["cuda"] = GlobalGenerator(get_cuda_state, set_cuda_state)
         if checkpoint is not None:
             restore_state(state, checkpoint, args.rank)
         pack(state)  # what no checkpoint can hold raises its error now, and not after hours
@@ -2146,13 +2195,17 @@ def train(args: Args) -> int:
             policy.load_state_dict(agent.state_dict())
             uniform = draw_uniform(action_generators, args.num_steps).to(device)
             with torch.no_grad(), one_thread():
-                for t, group in envs.turns(args.num_steps):  # t = 0 ... num_steps
+                # t = 0 ... num_steps. After the last step, the agent is asked once more, for the
+                # value that the advantages need. The next rollout begins with the same
+                # observation: what an agent remembers must not advance twice.
+                for t, group in envs.turns(args.num_steps):
                     rollout["obs"][t, group] = envs.obs[group]
                     rollout["done"][t, group] = envs.done[group]
-                    if t > 0:
+                    if t > 0:  # the reward of action t - 1 came with observation t
                         reward = envs.reward[group]
                         if envs.truncated[group].any():  # by a time limit: the game is not lost
                             final_obs = envs.final_obs[group].to(device)
+                            # Only its value counts, but a graph has the same inputs every time.
                             final = act(obs=final_obs, uniform=uniform[t, group])
                             final_value = final["value"].cpu() * envs.truncated[group]
                             reward = reward + args.gamma * final_value
@@ -2180,8 +2233,10 @@ def train(args: Args) -> int:
                 shuffled = torch.randperm(args.local_batch_size, generator=shuffler).to(device)
                 for rows in shuffled.split(args.local_minibatch_size):  # [core 6]
                     stats.append(update_agent(**take(batch, rows)))
-                if args.target_kl is not None and all_mean(stats[-1]["approx_kl"]) > args.target_kl:
-                    break
+                if args.target_kl is not None:
+                    approx_kl = all_mean(stats[-1]["approx_kl"])
+                    if approx_kl > args.target_kl:
+                        break
 
             # LOGGING
             losses = mean_stats(stats)
@@ -2190,11 +2245,14 @@ def train(args: Args) -> int:
             losses["explained_variance"] = explained_variance(rollout["value"][:-1], returns)
             seconds = time.perf_counter() - started
             scalars = {f"losses/{name}": value for name, value in losses.items()}
-            scalars |= {f"charts/{name}": number.item() for name, number in schedule.items()}
+            scalars |= {f"charts/{name}": value.item() for name, value in schedule.items()}
             scalars["charts/SPS"] = args.batch_size / seconds
             scalars["time/rollout"] = rollout_seconds / seconds
             scalars["time/update"] = 1 - rollout_seconds / seconds
-            games = sorted(sum(gather(envs.take_ended()), []))
+            games = []  # that were over, in all processes
+            for games_of_one in gather(envs.take_ended()):
+                games += games_of_one
+            games.sort()
             for _, _, game_return, _ in games:
                 state["recent_returns"].append(game_return)
             if state["recent_returns"]:
@@ -2235,10 +2293,12 @@ def evaluate(args: Args) -> int:
     """--evaluate: the agent of a run directory or a file plays full games; with --play, it plays
     one in a window. Returns the exit code."""
     path = Path(args.evaluate)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "agent.pt"
     content = load_file(path, "weights", "flags")
     step = content.get("step", 0)
+    if not isinstance(step, int):
+        raise UserError(f"{path} is damaged or not of this script: its step is no number")
     args = parse_args(args.argv, content["flags"], str(path))
     env = make_env(args)
     agent = make_agent(args, env)
@@ -2261,7 +2321,7 @@ def evaluate(args: Args) -> int:
             folder = path.parent
             if args.output is not None:
                 folder = Path(args.output)
-                folder.mkdir(parents=True, exist_ok=True)
+                make_directory(folder)
             if args.output is not None or (folder / "checkpoint.pt").exists():  # a run of one's own
                 try:
                     run = stack.enter_context(closing(RunDirectory(folder)))
@@ -2304,8 +2364,8 @@ def play(args: Args) -> int:
 
 # ---------------------------------------------------------------------------------------- 9 entry
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program that the flags ask for and returns its exit code: 0, 1, 2, 130 or 143. What
-    is neither the user's mistake nor a worker's end is a traceback."""
+    """Runs the program that the flags ask for and returns its exit code: 0; 1 if a worker ended; 2
+    for the user's mistake; 128 + the signal that ended it early. All else is a traceback."""
     try:
         args = parse_args(argv)
         if args.evaluate is not None:
@@ -2322,6 +2382,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{SCRIPT}: stopped at once; what was saved before is kept", file=sys.stderr)
         return 130
+    except SystemExit as end:  # of the parser, which has said why
+        return end.code
 
 
 if __name__ == "__main__":

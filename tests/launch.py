@@ -227,10 +227,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 def here(capfd: Any, *argv: Any) -> tuple[int, str, str]:
     """Runs the script in this process: exit code, standard output, standard error."""
     capfd.readouterr()
-    try:
-        code = ppo_atari.main(list(map(str, argv)))
-    except SystemExit as error:
-        code = error.code
+    code = ppo_atari.main(list(map(str, argv)))
     return code, *capfd.readouterr()
 
 

@@ -3,8 +3,8 @@
     python tests/plot.py curve.png runs/<run> ...
 
 Runs whose directories have the same <game>__<name> are the seeds of one line: their mean, in a band
-from the least to the largest. The values at some milestones and at the end are printed. Needs
-matplotlib (pip install matplotlib).
+from the least to the largest. Where a seed is there twice, each run is a line of its own. The
+values at some milestones and at the end are printed. Needs matplotlib (pip install matplotlib).
 """
 
 import argparse
@@ -42,18 +42,22 @@ def plot(picture: Path, runs: list[Path]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    seeds = defaultdict(list)
+    lines = defaultdict(list)
+    names = [run.name.rsplit("__", 1)[0] for run in runs]  # <game>__<name>__<seed>
+    repeated = {name.rsplit("__", 1)[0] for name in names if names.count(name) > 1}
     for run in runs:
         ((steps, returns),) = scalars(run, "charts/return_100")
         if len(steps):
-            name = run.name.rsplit("__", 2)[0]
-            seeds[name].append((steps, returns))
+            line = run.name.rsplit("__", 2)[0]
+            if line in repeated:
+                line = run.name
+            lines[line].append((steps, returns))
         else:
             print(f"{run}: no game is over yet")
-    if not seeds:
+    if not lines:
         return
     figure, axes = plt.subplots(figsize=(5, 3), dpi=120)
-    for name, curves in seeds.items():
+    for name, curves in lines.items():
         label = f"{name}, {len(curves)} seeds" if len(curves) > 1 else name
         draw(axes, curves, label)
         tell(name, curves)

@@ -552,7 +552,7 @@ def test_readme_names_every_flag_that_exists_and_no_other():
     readme = (ROOT / "README.md").read_text()
     named = set(re.findall(r"--[a-z][a-z-]+", readme))
     others = {"--logdir", "--standalone", "--nproc-per-node", "--nnodes", "--node-rank"}
-    others |= {"--master-addr", "--help", "--flag", "--no-flag", "--dist"}
+    others |= {"--master-addr", "--help", "--flag", "--no-flag", "--dist", "--dry-run"}
     others |= {flag.replace("--", "--no-", 1) for flag in flags}
     others |= {f"--{name}" for name in re.findall(r'flag\(\w+, "([a-z-]+)"', readme)}
     for path in (ROOT / "tests").glob("*.py"):

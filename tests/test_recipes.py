@@ -136,9 +136,7 @@ def test_interrupted_resumed_and_evaluated(recipe, plain, tmp_path, monkeypatch)
     assert module.main(flags) == 0
     trained, evaluated = (json.loads((path / "eval.json").read_text()) for path in (whole, output))
     assert trained == evaluated
-    with pytest.raises(SystemExit) as refused:  # the script itself does not know the flag
-        ppo_atari.main(["--evaluate", str(whole)])
-    assert refused.value.code == 2
+    assert ppo_atari.main(["--evaluate", str(whole)]) == 2  # the script itself has no such flag
 
 
 def test_shipped_agents_load(recipe):

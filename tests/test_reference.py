@@ -4,6 +4,7 @@ from this clone."""
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -93,6 +94,9 @@ def test_seeds_are_averaged(tmp_path, capsys):
     mean = "1 200 000.0 ± 282 842.7 (1 000 000.0, 1 400 000.0)"
     assert lines == [f"Game__mine: 100 000 steps: {mean}"] * 2  # a milestone, and the end
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    plot.main([str(picture), runs[0], shutil.copytree(runs[0], f"{runs[0]}1")])
+    names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["Game__mine__1__100"] * 2 + ["Game__mine__1__1001"] * 2  # no seeds of one
 
 
 def test_a_picture_needs_matplotlib(tmp_path, monkeypatch, capsys):

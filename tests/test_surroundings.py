@@ -277,8 +277,7 @@ def test_a_copy_speaks_of_itself(tmp_path, monkeypatch, capsys):
     assert copy.main([*TINY, "32"]) == 130
     assert "python my_ppo.py --resume" in capsys.readouterr().out
     assert "__my_ppo__1__" in run_directory(tmp_path).name
-    with pytest.raises(SystemExit):
-        copy.main(["--gamma", "7"])
+    assert copy.main(["--gamma", "7"]) == 2
     assert capsys.readouterr().err.startswith("my_ppo.py: error: ")
 
 
@@ -490,3 +489,72 @@ def test_stopped_by_sighup_for_real(tmp_path, hangups):
     os.killpg(process.pid, signal.SIGHUP)
     assert finish(process, 60) == 128 + signal.SIGHUP, (tmp_path / "log").read_text()
     assert "--resume" in (tmp_path / "log").read_text()
+
+
+def test_a_closed_terminal_for_real(tmp_path, hangups):
+    """The terminal itself is gone when the run says how to go on: it is saved all the same."""
+    master, terminal = os.openpty()
+    command = [sys.executable, SCRIPT, *GAME, "--total-timesteps", "1000000"]
+    command += ["--checkpoint-interval", "1"]
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, env=environment, **streams
+    )
+    os.close(terminal)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+    os.close(master)
+    os.kill(process.pid, signal.SIGHUP)  # which a shell sends
+    assert finish(process, 60) == 128 + signal.SIGHUP
+    kept = torch.load(run_directory(tmp_path) / "checkpoint.pt", weights_only=True)
+    steps = [step for step, _ in curves(run_directory(tmp_path))["losses/entropy"]]
+    assert steps[-1] == 16 * kept["iteration"]
+
+
+def test_nobody_reads_on(tmp_path):
+    """`python ppo_atari.py | head -1`: all is written, and nothing else is said."""
+    command = f"{sys.executable} {SCRIPT} {' '.join(GAME)} --total-timesteps 48 --eval-episodes 1"
+    pipe = f"({command}; echo code $? >&2) 2>errors | head -n 1"
+    done = subprocess.run(pipe, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("run directory: ") and done.stdout.count("\n") == 1
+    assert (tmp_path / "errors").read_text() == "code 0\n"
+    assert (run_directory(tmp_path) / "eval.json").exists()
+
+
+def test_a_link_to_a_run(tmp_path, monkeypatch, capfd):
+    """Such as runs/latest, or one to a larger disk: as the directory itself."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near").symlink_to("far")
+    assert here(capfd, *TINY, 32, "--run-dir", "near")[0] == 0
+    more = ["--total-timesteps", 48, "--eval-episodes", 0]
+    assert here(capfd, "--resume", "near", *more)[0] == 0
+    assert here(capfd, "--evaluate", "near", "--eval-episodes", 1)[0] == 0
+    assert weights(tmp_path / "far") and (tmp_path / "far" / "eval.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--run-dir", "file"], "cannot write to file"),
+        (["--run-dir", "a", "--resume", "b"], "--run-dir"),
+        (["--run-dir", ""], "--run-dir"),
+        (["--evaluate", "agent.pt", "--output", "file"], "cannot write to file"),
+        (["--evaluate", "a" * 300], "does not exist"),
+        (["--mode", "5000000000"], "--mode"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_places_that_cannot_be(flags, says, finished, tmp_path, monkeypatch, capfd):
+    """One line, and exit code 2, which main() returns."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "agent.pt").write_bytes((finished[0] / "agent.pt").read_bytes())
+    (tmp_path / "file").touch()
+    assert says in refusal(capfd, *TINY, 16, *flags)
+    assert ppo_atari.main([*TINY, "16", *flags]) == 2
+
+
+def test_a_strangers_step(finished, tmp_path, capfd):
+    content = torch.load(finished[0] / "agent.pt", weights_only=True)
+    torch.save(content | {"step": "abc"}, tmp_path / "agent.pt")
+    assert "damaged" in refusal(capfd, "--evaluate", tmp_path / "agent.pt")
