@@ -124,15 +124,19 @@ def test_the_pages_have_the_tables_of_what_is_kept(capsys):
 
 def script_of_the_ablation(commit: str, folder: Path, name: str = "ppo_atari.py") -> Path:
     """The script as it was at the commit that a raw line names; "-dirty": with
-    runs/reference/ablation.patch."""
+    runs/reference/ablation.patch. Some other scripts are that one with a patch of their name."""
+    patch = REFERENCE / "ablation.patch" if commit.endswith("-dirty") else None
+    if (REFERENCE / name.replace(".py", ".patch")).exists():
+        patch = REFERENCE / name.replace(".py", ".patch")
+        name = "ppo_atari.py"
     git = ["git", "-C", SCRIPT.parent, "show", f"{commit.removesuffix('-dirty')}:{name}"]
     shown = subprocess.run(git, capture_output=True)
     if shown.returncode:
         pytest.skip("this copy lacks the history")
     script = folder / Path(name).name
     script.write_bytes(shown.stdout)
-    if commit.endswith("-dirty"):
-        subprocess.run(["git", "apply", REFERENCE / "ablation.patch"], cwd=folder, check=True)
+    if patch is not None:
+        subprocess.run(["git", "apply", patch], cwd=folder, check=True)
     return script
 
 
