@@ -225,15 +225,15 @@ def available_cores() -> int:
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+    with suppress(OSError, ValueError):  # version 2: there is no such file, or it says "max"
         quota, period = (CGROUP / "cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    with suppress(OSError, ValueError, ZeroDivisionError):
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    with suppress(OSError, ValueError, ZeroDivisionError):  # version 1: there are no such files
         quota = int((CGROUP / "cpu/cpu.cfs_quota_us").read_text())
         period = int((CGROUP / "cpu/cpu.cfs_period_us").read_text())
-        if quota > 0:
-            return max(1, min(cores, math.ceil(quota / period)))
-    return cores
+        if quota > 0:  # -1: there is no limit
+            cores = min(cores, math.ceil(quota / period))
+    return max(1, cores)
 
 
 def check_args(args: Args, parser: Parser) -> None:
