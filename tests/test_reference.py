@@ -125,17 +125,18 @@ def test_the_pages_have_the_tables_of_what_is_kept(capsys):
 def script_of_the_ablation(commit: str, folder: Path, name: str = "ppo_atari.py") -> Path:
     """The script as it was at the commit that a raw line names; "-dirty": with
     runs/reference/ablation.patch. Some other scripts are that one with a patch of their name."""
-    patch = REFERENCE / "ablation.patch" if commit.endswith("-dirty") else None
-    if (REFERENCE / name.replace(".py", ".patch")).exists():
-        patch = REFERENCE / name.replace(".py", ".patch")
+    patch = REFERENCE / name.replace(".py", ".patch")
+    if patch.exists():
         name = "ppo_atari.py"
+    elif commit.endswith("-dirty"):
+        patch = REFERENCE / "ablation.patch"
     git = ["git", "-C", SCRIPT.parent, "show", f"{commit.removesuffix('-dirty')}:{name}"]
     shown = subprocess.run(git, capture_output=True)
     if shown.returncode:
         pytest.skip("this copy lacks the history")
     script = folder / Path(name).name
     script.write_bytes(shown.stdout)
-    if patch is not None:
+    if patch.exists():
         subprocess.run(["git", "apply", patch], cwd=folder, check=True)
     return script
 
