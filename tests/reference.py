@@ -15,6 +15,7 @@ matplotlib).
 import argparse
 import json
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import groupby
@@ -27,7 +28,12 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-REFERENCE = Path(__file__).resolve().parents[1] / "runs" / "reference"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import ppo_atari  # noqa: E402, as it lies in ROOT
+
+REFERENCE = ROOT / "runs" / "reference"
 # Means and standard deviations of three seeds after 10 000 000 steps: openai/baselines and CleanRL
 # (ppo_atari.py), from CleanRL's documentation, and CleanRL's EnvPool variant that bootstraps
 # truncated games, ppo_atari_envpool_xla_jax_truncation, from vwxyzjn/ppo-atari-metrics. For sticky
@@ -59,6 +65,9 @@ GOALS = {
     "BreakoutNoFrameskip-v4": (100, 400),
     "ALE/Breakout-v5": (100,),
 }
+
+# Flags that the tables show in columns of their own, or that do not change how a run learns.
+NO_VARIANT = {"env_id", "seed", "total_timesteps", "exp_name", "num_groups"} | ppo_atari.MAY_CHANGE
 
 
 def scalars(run: Path, *tags: str) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -126,13 +135,31 @@ def keep(run: Path, brief: bool) -> None:
     print(target, f"{sum(path.stat().st_size for path in target.iterdir()) / 2**20:.1f} MB")
 
 
+def variant(flags: dict) -> str:
+    """The game, and behind it the flags with which a run learns in another way than the default, as
+    one types them: the tables do not take such runs for seeds of it."""
+    words = [flags["env_id"]]
+    for name, default in ppo_atari.parse_args([]).flags.items():
+        value = flags.get(name, default)  # an older run may lack the flag
+        if value == default or name in NO_VARIANT:
+            continue
+        typed = name.replace("_", "-")
+        if value is True:
+            words.append(f"--{typed}")
+        elif value is False:
+            words.append(f"--no-{typed}")
+        else:
+            words.append(f"--{typed} {value}")
+    return " ".join(words)
+
+
 def facts(run: Path) -> dict:
     """What the tables say of one kept run."""
     flags = json.loads((run / "args.json").read_text())["flags"]
     evaluated = json.loads((run / "eval.json").read_text())
     curve, (_, speeds) = scalars(run, "charts/return_100", "charts/SPS")
     return {
-        "game": flags["env_id"],
+        "game": variant(flags),
         "seed": flags["seed"],
         "total": flags["total_timesteps"],
         "steps": evaluated["step"],
@@ -163,7 +190,7 @@ def extent(values: list[float]) -> str:
 
 
 def groups() -> dict[tuple[str, int], list[dict]]:
-    """The kept runs by game and length."""
+    """The kept runs by game (and what differs from the default) and length."""
     found = defaultdict(list)
     for path in sorted(REFERENCE.glob("*/eval.json")):
         run = facts(path.parent)

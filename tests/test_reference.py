@@ -122,6 +122,33 @@ def test_the_pages_have_the_tables_of_what_is_kept(capsys):
         assert any(there.startswith(line) for there in pages), line
 
 
+def test_another_way_to_learn_is_no_seed_of_the_default(tmp_path, monkeypatch, capsys):
+    """Runs are averaged over seeds; one with other flags has a row of its own, and no published
+    score beside it. How a run was started makes no difference."""
+    flags = {"env_id": "PongNoFrameskip-v4", "total_timesteps": 10_000_000}
+    runs = [
+        {"seed": 1, "num_workers": 2, "resume": "runs/1"},
+        {"seed": 2, "num_groups": 1, "eval_episodes": 30, "capture_video": True},
+        {"seed": 1, "scale_obs": False, "learning_rate": 0.001},
+    ]
+    for run, (value, others) in enumerate(zip((10, 14, 99), runs)):
+        folder = tmp_path / str(run)
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_scalar("charts/return_100", value, 9_999_360)
+            writer.add_scalar("charts/SPS", 1000, 9_999_360)
+        scores = {"step": 9_999_360, "mean": value, "scores": [value], "random_mean": -20}
+        (folder / "eval.json").write_text(json.dumps(scores))
+        (folder / "args.json").write_text(json.dumps({"flags": flags | others}))
+    monkeypatch.setattr(reference, "REFERENCE", tmp_path)
+    reference.short_table(reference.groups())
+    default, other = capsys.readouterr().out.splitlines()[-2:]
+    published = reference.PUBLISHED["PongNoFrameskip-v4"][0]
+    returns = "12.0 ± 2.8 (10.0, 14.0)"
+    assert default == f"| `PongNoFrameskip-v4` | 2 | {returns} | {published} | -20.0 |"
+    name = "PongNoFrameskip-v4 --learning-rate 0.001 --no-scale-obs"
+    assert other == f"| `{name}` | 1 | 99.0 |  | -20.0 |"
+
+
 def script_of_the_ablation(commit: str, folder: Path, name: str = "ppo_atari.py") -> Path:
     """The script as it was at the commit that a raw line names; "-dirty": with
     runs/reference/ablation.patch. Some other scripts are that one with a patch of their name."""
