@@ -76,7 +76,8 @@ from tqdm import tqdm
 Args = argparse.Namespace
 Tensors = dict[str, Tensor]
 
-PATH = Path(globals().get("__file__", "ppo_atari.py"))  # pasted into a notebook, it has none
+IS_FILE = "__file__" in globals()  # pasted into a notebook, the script is no file
+PATH = Path(__file__ if IS_FILE else "ppo_atari.py")
 SCRIPT = PATH.name
 STOP_SIGNALS = []  # what asks a run to end: also a closed terminal and a cluster's warnings
 for _name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
@@ -311,7 +312,7 @@ def check_workers(args: Args, parser: Parser) -> None:
     if args.workers is None:
         args.workers = args.cores - 1
     args.workers = min(args.workers, args.local_envs)
-    if args.workers > 0 and START_METHOD == "spawn" and "__file__" not in globals():
+    if args.workers > 0 and START_METHOD == "spawn" and not IS_FILE:
         parser.error("workers cannot find a script that is no file: give --num-workers 0")
 
 
@@ -339,7 +340,7 @@ def with_dashes(word: str) -> str:
 def read_args(parser: Parser, argv: list[str] | None, saved_flags: Any, source: str) -> Args:
     """What parse_args returns: the parser's flags, of argv and of an earlier run, checked."""
     if argv is None:
-        argv = sys.argv[1:] if "__file__" in globals() else []  # a notebook's own, not for us
+        argv = sys.argv[1:] if IS_FILE else []  # a notebook's own, not for us
     argv = [with_dashes(word) for word in argv]
     args, unknown = parser.parse_known_args(argv)
     if args.resume is not None and unknown and not unknown[0].startswith("-"):
@@ -1620,6 +1621,17 @@ def lock_directory(path: Path) -> int | None:
     return descriptor
 
 
+def hparams_row(flags: dict[str, Any]) -> tuple:
+    """The summaries that make a row of TensorBoard's HParams tab. SummaryWriter.add_hparams would
+    write them into a second run."""
+    from torch.utils.tensorboard.summary import hparams
+
+    values = {}
+    for name, value in flags.items():
+        values[name] = "none" if value is None else value  # a column takes text, but not None
+    return hparams(values, {"charts/return_100": 0, "eval/episodic_return": 0})
+
+
 class RunDirectory:
     """What a run writes: files, TensorBoard's events and its progress on the terminal. One process
     at a time may write to a directory."""
@@ -1676,8 +1688,6 @@ class RunDirectory:
 
     def begin_events(self, args: Args) -> None:
         """The hyperparameters as text and in the HParams tab, and a tab of the main curves."""
-        from torch.utils.tensorboard.summary import hparams
-
         rows = [f"|{name}|{value}|" for name, value in args.flags.items()]
         table = "\n".join(["|flag|value|", "|-|-|", *rows])
         self.writer.add_text("hyperparameters", table)
@@ -1688,9 +1698,7 @@ class RunDirectory:
             "losses/explained_variance",
             "losses/approx_kl",
         ]
-        # None as text, so that each flag is a column; and add_hparams would make a sub-run
-        values = {name: "none" if value is None else value for name, value in args.flags.items()}
-        for summary in hparams(values, {"charts/return_100": 0, "eval/episodic_return": 0}):
+        for summary in hparams_row(args.flags):
             self.writer.file_writer.add_summary(summary)
         self.writer.add_custom_scalars({"PPO": {tag: ["Multiline", [tag]] for tag in main_tags}})
 

@@ -26,7 +26,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -108,9 +107,8 @@ def thin(run: Path, target: Path, images: bool, every: int = 10_000) -> None:
             summary = Summary(value=[Summary.Value(tag=tag, image=image)])
             writer.file_writer.add_summary(summary, last.step)
     flags = json.loads((run / "args.json").read_text())["flags"]
-    values = {name: "none" if value is None else value for name, value in flags.items()}
-    for summary in hparams(values, {"charts/return_100": 0, "eval/episodic_return": 0}):
-        writer.file_writer.add_summary(summary)  # a row in TensorBoard's HParams tab
+    for summary in ppo_atari.hparams_row(flags):
+        writer.file_writer.add_summary(summary)
     writer.close()
 
 
