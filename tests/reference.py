@@ -2,6 +2,7 @@
 
     python tests/reference.py RUN_DIRECTORY ...           keep runs whole: one seed of each game
     python tests/reference.py --brief RUN_DIRECTORY ...   keep curves, flags and scores only
+    python tests/reference.py --unfinished RUN_DIRECTORY  keep what a run needs to go on elsewhere
     python tests/reference.py --table                     print the tables of the pages
     python tests/reference.py --picture OUT.png           draw all games, with the spread of seeds
 
@@ -10,6 +11,9 @@ mean per 10 000 steps, args.json and eval.json; of a whole run, also the last vi
 TensorBoard shows in its Images tab, the curve as a PNG, and agent.pt with the networks' weights in
 bfloat16, with which --precision bfloat16 plays anyway. Pictures need matplotlib (pip install
 matplotlib).
+
+Of an unfinished run, checkpoint.pt is kept with a sixth of its size. --resume goes on from a copy
+of such a directory, though not bit for bit.
 """
 
 import argparse
@@ -112,25 +116,56 @@ def thin(run: Path, target: Path, images: bool, every: int = 10_000) -> None:
     writer.close()
 
 
-def keep(run: Path, brief: bool) -> None:
+def begin_to_keep(run: Path, *names: str, images: bool) -> Path:
+    """A directory with the run's curves and the named files."""
     target = REFERENCE / run.name
     target.mkdir(parents=True)
-    thin(run, target, images=not brief)
-    for name in ("args.json", "eval.json"):
+    thin(run, target, images)
+    for name in names:
         shutil.copy(run / name, target / name)
+    return target
+
+
+def round_weights(content: dict) -> None:
+    """Those of the networks, to bfloat16: the heads compute in float32."""
+    for name, tensor in content["weights"].items():
+        if "network" in name:
+            content["weights"][name] = tensor.bfloat16()
+
+
+def say_size(target: Path) -> None:
+    print(target, f"{sum(path.stat().st_size for path in target.iterdir()) / 2**20:.1f} MB")
+
+
+def keep(run: Path, brief: bool) -> None:
+    target = begin_to_keep(run, "args.json", "eval.json", images=not brief)
     if not brief:
         videos = sorted(run.glob("videos/*.webm"), key=lambda path: path.stat().st_mtime)
         if videos:
             shutil.copy(videos[-1], target / "video.webm")
         content = torch.load(run / "agent.pt", weights_only=True)
-        for name, tensor in content["weights"].items():
-            if "network" in name:
-                content["weights"][name] = tensor.bfloat16()
+        round_weights(content)
         torch.save(content, target / "agent.pt")
         from plot import plot
 
         plot(target / "curve.png", [run])
-    print(target, f"{sum(path.stat().st_size for path in target.iterdir()) / 2**20:.1f} MB")
+    say_size(target)
+
+
+def keep_unfinished(run: Path) -> None:
+    """The checkpoint with rounded weights. In place of Adam's moments of each weight it has their
+    mean over the unit's inputs, which the file holds once: the moments of single weights are back
+    after 1 000 updates, or 62 iterations."""
+    target = begin_to_keep(run, "args.json", images=True)
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    round_weights(checkpoint)
+    for moments in checkpoint["optimizer"]["state"].values():
+        for name, moment in moments.items():
+            if moment.dim() > 1:
+                inputs = tuple(range(1, moment.dim()))
+                moments[name] = moment.mean(inputs, keepdim=True).expand_as(moment)
+    torch.save(checkpoint, target / "checkpoint.pt")
+    say_size(target)
 
 
 def variant(flags: dict) -> str:
@@ -318,11 +353,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path, help="run directories to keep")
     parser.add_argument("--brief", action="store_true", help="keep curves, flags and scores only")
+    parser.add_argument("--unfinished", action="store_true", help="keep what --resume needs")
     parser.add_argument("--table", action="store_true", help="print the tables of the pages")
     parser.add_argument("--picture", type=Path, help="draw all kept games into this file")
     options = parser.parse_args()
     for directory in options.runs:
-        keep(directory, options.brief)
+        if options.unfinished:
+            keep_unfinished(directory)
+        else:
+            keep(directory, options.brief)
     if options.table:
         table()
     if options.picture:

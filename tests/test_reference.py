@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import plot
 import pytest
 import reference
 import torch
-from launch import SCRIPT, load
+from launch import SCRIPT, curves, differences, here, load, run_directory, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -147,6 +148,46 @@ def test_another_way_to_learn_is_no_seed_of_the_default(tmp_path, monkeypatch, c
     assert default == f"| `PongNoFrameskip-v4` | 2 | {returns} | {published} | -20.0 |"
     name = "PongNoFrameskip-v4 --learning-rate 0.001 --no-scale-obs"
     assert other == f"| `{name}` | 1 | 99.0 |  | -20.0 |"
+
+
+def test_an_unfinished_run_goes_on_elsewhere(tmp_path, monkeypatch, capfd):
+    """From a sixth of its checkpoint, in which the network's weights are rounded and each unit's
+    moments are their mean; all else is equal. The tables do not show it."""
+    flags = ["--env-id", "ALE/Breakout-v5", "--num-envs", "1", "--num-steps", "16"]
+    flags += ["--num-workers", "0", "--eval-episodes", "0", "--total-timesteps"]
+    with chdir(tmp_path):
+        assert here(capfd, *flags, 32)[0] == 0
+        run = run_directory(tmp_path)
+    monkeypatch.setattr(reference, "REFERENCE", tmp_path / "kept")
+    reference.keep_unfinished(run)
+    assert not reference.groups()
+    kept = tmp_path / "kept" / run.name
+    assert (kept / "checkpoint.pt").stat().st_size < (run / "checkpoint.pt").stat().st_size / 5
+    first, second = (torch.load(at / "checkpoint.pt", weights_only=True) for at in (run, kept))
+    exact, rounded = (content.pop("weights") for content in (first, second))
+    for name, tensor in exact.items():
+        bound = 2**-8 * tensor.abs() if "network" in name else 0
+        assert torch.all((tensor - rounded[name]).abs() <= bound), name
+    moments, means = (content["optimizer"].pop("state") for content in (first, second))
+    assert not differences(first, second)
+    for index, of_one in moments.items():
+        for name, moment in of_one.items():
+            expected = moment.numpy()
+            if moment.dim() > 1:
+                units = expected.reshape(len(expected), -1)
+                expected = np.stack([np.full_like(unit, unit.mean()) for unit in units])
+            found = means[index][name].reshape(expected.shape).numpy()
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-12)
+
+    copied = shutil.copytree(kept, tmp_path / "copied")
+    for goes_on in (run, copied):
+        assert here(capfd, "--resume", goes_on, "--total-timesteps", 64)[0] == 0
+    assert [step for step, _ in curves(copied)["losses/value_loss"]] == [32, 48, 64]
+    moved, deviation = [], []
+    for name, tensor in weights(run).items():
+        moved.append((tensor - exact[name]).flatten())
+        deviation.append((tensor - weights(copied)[name]).flatten())
+    assert torch.cat(deviation).norm() < torch.cat(moved).norm()
 
 
 def script_of_the_ablation(commit: str, folder: Path, name: str = "ppo_atari.py") -> Path:
