@@ -184,7 +184,8 @@ def test_an_unfinished_run_goes_on_elsewhere(tmp_path, monkeypatch, capfd):
     for goes_on in (run, copied):
         assert here(capfd, "--resume", goes_on, "--total-timesteps", 64)[0] == 0
     assert [step for step, _ in curves(copied)["losses/value_loss"]] == [32, 48, 64]
-    moved, deviation = [], []
+    moved = []
+    deviation = []
     for name, tensor in weights(run).items():
         moved.append((tensor - exact[name]).flatten())
         deviation.append((tensor - weights(copied)[name]).flatten())
