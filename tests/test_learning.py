@@ -58,7 +58,7 @@ class Block(Toy):
         return self.draw(), reward, self.t == 5, False, {}
 
 
-def learn(sign: float, n: int = 8, iterations: int = 28, num_steps: int = 40) -> float:
+def learn(sign: float, n: int = 8, iterations: int = 20, num_steps: int = 40) -> float:
     """Trains in n games, beside the other processes of torchrun if there are any, with the
     advantages multiplied by sign. Returns this process' share of the best return at the end."""
     num_envs = n * int(os.environ.get("WORLD_SIZE", "1"))

@@ -32,15 +32,15 @@ def test_there_is_one():
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_shipped_agent_plays(run: Path):
-    """Six games. The bound: half-way from a random policy's mean to the agent's, both from the
+    """Two games. The bound: half-way from a random policy's mean to the agent's, both from the
     games in eval.json.
 
-    The mean of six falls below it by luck with a probability of less than 1 in 1 000, as drawing
+    The mean of two falls below it by luck with a probability of less than 1 in 1 000, as drawing
     from them shows: where the games spread widely, the bound is lower. A broken wrapper, network or
     file leaves an agent that plays no better than at random. No score is compared exactly: floating
     point differs from processor to processor.
     """
-    games = 6
+    games = 2
     claimed = json.loads((run / "eval.json").read_text())
     draws = np.random.default_rng(0).choice(claimed["scores"], (20_000, games)).mean(1)
     bound = min((claimed["mean"] + claimed["random_mean"]) / 2, np.quantile(draws, 5e-4))

@@ -22,7 +22,7 @@ STUDY = Path(study.__file__).resolve()
 ENDS_WELL = 0 if find_spec("scipy") else 2  # without it, everything but a table that compares
 TINY = "--num-envs 2 --num-steps 32 --update-epochs 1 --frame-size 36 --eval-episodes 1"
 TINY += " --checkpoint-interval 1"
-GRID = ["--games", "BreakoutNoFrameskip-v4", "--seeds", 1, 2, "--steps", 512, "--common", TINY]
+GRID = ["--games", "BreakoutNoFrameskip-v4", "--seeds", 3, "--steps", 512, "--common", TINY]
 GRID += ["--variants", "default", "no clip: --no-clip-reward"]
 FAKE = """
 import json, pathlib, signal, sys, time
@@ -97,7 +97,7 @@ def test_killed_and_continued(tmp_path):
         os.kill(pid, signal.SIGKILL)
     assert finish(process) == -signal.SIGKILL, (tmp_path / "log").read_text()
     wait_for(lambda: not living(process.pid))
-    assert not results.exists() or len(lines(results)) < 4
+    assert not results.exists() or len(lines(results)) < 2
     (tmp_path / "log").unlink()
 
     code = finish(start(*argv, cwd=tmp_path, program=(STUDY,)))
@@ -105,9 +105,9 @@ def test_killed_and_continued(tmp_path):
     assert ": resumed" in (tmp_path / "log").read_text()
     found = lines(results)
     made = sorted((line["variant"], line["seed"]) for line in found)
-    assert made == [("default", 1), ("default", 2), ("no clip", 1), ("no clip", 2)]
+    assert made == [("default", 3), ("no clip", 3)]
     runs = {path.name: path for path in tmp_path.glob("s/runs/*")}
-    assert len(runs) == 4
+    assert len(runs) == 2
     for line in found:
         name = study.Run(*(line[field] for field in study.Run._fields)).name
         (run,) = (path for path in runs.values() if f"__{name}__{line['seed']}__" in path.name)
@@ -126,7 +126,7 @@ def test_killed_and_continued(tmp_path):
     (tmp_path / "log").unlink()
     before = results.read_bytes(), sorted(tmp_path.glob("s/runs/*/*"))
     assert finish(start(*argv, cwd=tmp_path, program=(STUDY,))) == ENDS_WELL
-    assert "4 of them finished before" in (tmp_path / "log").read_text()
+    assert "2 of them finished before" in (tmp_path / "log").read_text()
     assert (results.read_bytes(), sorted(tmp_path.glob("s/runs/*/*"))) == before
 
 

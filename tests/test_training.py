@@ -183,7 +183,6 @@ def test_an_agent_that_draws_by_itself(tmp_path, monkeypatch, watch):
     whole = trained(tmp_path / "whole", monkeypatch, *FOUR, "--num-workers", "0")
     evaluating = ["--eval-interval", "128", "--eval-episodes", "1"]
     ways = {
-        "1 worker": ["--num-workers", "1"],
         "3 workers": ["--num-workers", "3"],
         "evaluated": ["--num-workers", "1", *evaluating],
     }
