@@ -198,10 +198,11 @@ def test_a_job_that_is_requeued(tmp_path, monkeypatch, capfd):
 
 
 def test_without_docstrings(tmp_path, monkeypatch):
-    """python -OO has none, and no assertions: a whole run of what it makes of the script."""
+    """python -OO has none, and no assertions: help, and a whole run."""
     monkeypatch.chdir(tmp_path)
     script = pasted([], optimize=2)
     assert script["Agent"].__doc__ is None
+    assert script["main"](["--help"]) == 0
     assert script["main"]([*TINY, "16"]) == 0
 
 
