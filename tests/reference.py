@@ -7,10 +7,10 @@
     python tests/reference.py --picture OUT.png           draw all games, with the spread of seeds
 
 --brief is for the other seeds; tables and picture are of what is kept. Kept are the scalars as one
-mean per 10 000 steps, args.json and eval.json; of a whole run, also the last video, what
-TensorBoard shows in its Images tab, the curve as a PNG, and agent.pt with the networks' weights in
-bfloat16, with which --precision bfloat16 plays anyway. Pictures need matplotlib (pip install
-matplotlib).
+mean per 10 000 steps, args.json and eval.json; of a whole run, also the last video if it is smaller
+than 1 MB, what TensorBoard shows in its Images tab, the curve as a PNG, and agent.pt with the
+networks' weights in bfloat16, with which --precision bfloat16 plays anyway. Pictures need
+matplotlib (pip install matplotlib).
 
 Of an unfinished run, checkpoint.pt is kept with a sixth of its size. --resume goes on from a copy
 of such a directory, though not bit for bit.
@@ -137,12 +137,17 @@ def say_size(target: Path) -> None:
     print(target, f"{sum(path.stat().st_size for path in target.iterdir()) / 2**20:.1f} MB")
 
 
+def keep_film(run: Path, target: Path) -> None:
+    """The last one, if it is smaller than 1 MB: a clone of the repository has to stay small."""
+    videos = sorted(run.glob("videos/*.webm"), key=lambda path: path.stat().st_mtime)
+    if videos and videos[-1].stat().st_size < 2**20:
+        shutil.copy(videos[-1], target / "video.webm")
+
+
 def keep(run: Path, brief: bool) -> None:
     target = begin_to_keep(run, "args.json", "eval.json", images=not brief)
     if not brief:
-        videos = sorted(run.glob("videos/*.webm"), key=lambda path: path.stat().st_mtime)
-        if videos:
-            shutil.copy(videos[-1], target / "video.webm")
+        keep_film(run, target)
         content = torch.load(run / "agent.pt", weights_only=True)
         round_weights(content)
         torch.save(content, target / "agent.pt")
@@ -155,7 +160,11 @@ def keep(run: Path, brief: bool) -> None:
 def keep_unfinished(run: Path) -> None:
     """The checkpoint with rounded weights. In place of Adam's moments of each weight it has their
     mean over the unit's inputs, which the file holds once: the moments of single weights are back
-    after 1 000 updates, or 62 iterations."""
+    after 1 000 updates, or 62 iterations.
+
+    Measured once, in SpaceInvaders after 2 838 528 steps, with the full and the small checkpoint
+    side by side for 60 iterations: approx_kl was 0.0035 in place of 0.0029 in iterations 2 to 15,
+    and 0.0027 beside 0.0028 from the 31st on. The return did not fall."""
     target = begin_to_keep(run, "args.json", images=True)
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     round_weights(checkpoint)
