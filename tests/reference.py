@@ -199,7 +199,7 @@ def facts(run: Path) -> dict:
     """What the tables say of one kept run."""
     flags = json.loads((run / "args.json").read_text())["flags"]
     evaluated = json.loads((run / "eval.json").read_text())
-    curve, (_, speeds) = scalars(run, "charts/return_100", "charts/SPS")
+    curve, (_, speeds), *others = scalars(run, "charts/return_100", "charts/SPS", *CURVES)
     return {
         "game": variant(flags),
         "seed": flags["seed"],
@@ -207,6 +207,7 @@ def facts(run: Path) -> dict:
         "steps": evaluated["step"],
         "curve": curve,
         "return": curve[1][-1],
+        "curves": dict(zip(CURVES, others)),
         "evaluation": evaluated["mean"],
         "games": evaluated["scores"],
         "random": evaluated["random_mean"],
@@ -312,16 +313,17 @@ def goal_table(kept: dict) -> None:
                 row(f"`{game}`", goal, f"{extent(first)} ({len(first)} of {len(runs)} seeds)")
 
 
-def range_table() -> None:
+def range_table(kept: dict) -> None:
     """Where each curve of the kept runs lies, after the first 500 000 steps: 5 % of the points are
     below, 5 % above."""
     heading("curve", "usual")
-    points = defaultdict(list)
-    for path in sorted(REFERENCE.glob("*/eval.json")):
-        for tag, (steps, values) in zip(CURVES, scalars(path.parent, *CURVES)):
-            points[tag].extend(values[steps > 500_000])
     for tag in CURVES:
-        low, high = np.percentile(points[tag], (5, 95))
+        points = []
+        for runs in kept.values():
+            for run in runs:
+                steps, values = run["curves"][tag]
+                points.extend(values[steps > 500_000])
+        low, high = np.percentile(points, (5, 95))
         row(f"`{tag}`", f"{low:.2g} to {high:.2g}")
 
 
@@ -329,7 +331,7 @@ def table() -> None:
     kept = groups()
     short_table(kept)
     milestone_table(kept)
-    range_table()
+    range_table(kept)
     full_table(kept)
     goal_table(kept)
 
