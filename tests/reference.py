@@ -53,7 +53,7 @@ PUBLISHED = {
     "ALE/Breakout-v5": ("", "", "326 (SLM-Lab)"),
 }
 MILESTONES = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000)
-CURVES = [
+LOSSES = [
     "losses/value_loss",
     "losses/policy_loss",
     "losses/entropy",
@@ -199,7 +199,7 @@ def facts(run: Path) -> dict:
     """What the tables say of one kept run."""
     flags = json.loads((run / "args.json").read_text())["flags"]
     evaluated = json.loads((run / "eval.json").read_text())
-    curve, (_, speeds), *others = scalars(run, "charts/return_100", "charts/SPS", *CURVES)
+    curve, (_, speeds), *losses = scalars(run, "charts/return_100", "charts/SPS", *LOSSES)
     return {
         "game": variant(flags),
         "seed": flags["seed"],
@@ -207,7 +207,7 @@ def facts(run: Path) -> dict:
         "steps": evaluated["step"],
         "curve": curve,
         "return": curve[1][-1],
-        "curves": dict(zip(CURVES, others)),
+        "losses": dict(zip(LOSSES, losses)),
         "evaluation": evaluated["mean"],
         "games": evaluated["scores"],
         "random": evaluated["random_mean"],
@@ -317,11 +317,11 @@ def range_table(kept: dict) -> None:
     """Where each curve of the kept runs lies, after the first 500 000 steps: 5 % of the points are
     below, 5 % above."""
     heading("curve", "usual")
-    for tag in CURVES:
+    for tag in LOSSES:
         points = []
         for runs in kept.values():
             for run in runs:
-                steps, values = run["curves"][tag]
+                steps, values = run["losses"][tag]
                 points.extend(values[steps > 500_000])
         low, high = np.percentile(points, (5, 95))
         row(f"`{tag}`", f"{low:.2g} to {high:.2g}")
