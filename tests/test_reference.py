@@ -53,12 +53,13 @@ def games_and_bound(claimed: dict) -> tuple[int, float]:
 def test_shipped_agent_plays(run: Path):
     """Two games, or as many more as tell. A broken wrapper, network or file leaves an agent that
     plays no better than at random. No score is compared exactly: floating point differs from
-    processor to processor."""
+    processor to processor. With seed 2 the games are short: with others one of Breakout's can take
+    three times as long."""
     claimed = json.loads((run / "eval.json").read_text())
     games, bound = games_and_bound(claimed)
     content = ppo_atari.load_file(run / "agent.pt", "weights", "flags")
-    args = ppo_atari.parse_args(["--seed", "77"], content["flags"], str(run))
-    assert (args.env_id, args.seed) == (claimed["env_id"], 77)
+    args = ppo_atari.parse_args(["--seed", "2"], content["flags"], str(run))
+    assert (args.env_id, args.seed) == (claimed["env_id"], 2)
     agent = ppo_atari.make_agent(args, ppo_atari.make_env(args))
     agent.load_state_dict(content["weights"])
     dtype = ppo_atari.choose_dtype(args, ppo_atari.CPU)  # as --evaluate does
